@@ -1,0 +1,77 @@
+"""What every backend promises the daemon.
+
+    attributes = backend.prepare()          # before the lease exists: what peers must know
+    backend.start(subnet)                   # device, address, socket; then .mtu is final
+    report = backend.apply(peers)           # everything wanted; call it as often as you like
+    backend.stop()                          # threads and descriptors end; kernel state stays
+
+`check` only looks. `prepare` and everything after it may change the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from ipaddress import IPv4Network
+
+    from flanctl.model.peers import Peer
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyReport:
+    """What one `apply` did. `repaired` are sentences for the log; `failed` are kept for the next try."""
+
+    peers: int
+    repaired: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BackendAttributes:
+    """The part of a lease that only the backend knows. Both None for udp (flannel writes no BackendType there)."""
+
+    backend_type: str | None = None
+    backend_data: object | None = None
+
+
+class Backend(Protocol):
+    """One way to carry packets. Called from the daemon's one thread, except `wait` and `failure`."""
+
+    @property
+    def mtu(self) -> int:
+        """Bytes an inner packet may have; known after `start`."""
+        ...
+
+    @property
+    def data_path(self) -> str:
+        """`userspace` or `kernel`, for the log and status."""
+        ...
+
+    def check(self) -> None:
+        """Find every reason why `start` could not work, and change nothing. Raises a FlanctlError."""
+        ...
+
+    def prepare(self) -> BackendAttributes: ...
+
+    def start(self, subnet: IPv4Network) -> None:
+        """Bring up the device for our own `subnet`. Idempotent over restarts: takes over what we left."""
+        ...
+
+    def apply(self, peers: Sequence[Peer]) -> ApplyReport:
+        """Make kernel and data plane want exactly this, and repair drift. Keeps what failed for the next call."""
+        ...
+
+    def counters(self) -> Mapping[str, int]:
+        """Packets and bytes by direction, drops by reason, since start."""
+        ...
+
+    def wait(self, seconds: float) -> str | None:
+        """Block until the data plane fails (the reason), or `seconds` passed or it was stopped (None)."""
+        ...
+
+    def stop(self) -> None:
+        """End threads and close descriptors within 2 s. The device, its address and routes stay."""
+        ...
