@@ -1,0 +1,99 @@
+"""What this machine can do for a test. Each probe answers None (yes) or why not."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "not root"
+
+
+def _netns() -> str | None:
+    if why := _root() or _program("ip")() or _program("nsenter")():
+        return why
+    probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, check=False)
+    return None if probe.returncode == 0 else f"unshare --net: {probe.stderr.strip()}"
+
+
+def _tun() -> str | None:
+    if why := _root():
+        return why
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except OSError as error:
+        return f"/dev/net/tun: {error.strerror}"
+    return None
+
+
+def _program(*names: str) -> Callable[[], str | None]:
+    def look() -> str | None:
+        missing = [name for name in names if shutil.which(name) is None]
+        return f"no {', '.join(missing)} on PATH" if missing else None
+
+    return look
+
+
+def _etcd34() -> str | None:
+    if why := _program("etcd", "etcdctl")():
+        return why
+    version = subprocess.run(["etcd", "--version"], capture_output=True, text=True, check=False).stdout
+    return None if "etcd Version: 3.4." in version else "etcd on PATH is not 3.4"
+
+
+def _etcd37() -> str | None:
+    if os.environ.get("FLANCTL_ETCD37") and Path(os.environ["FLANCTL_ETCD37"]).exists():
+        return None
+    return _program("go")()
+
+
+def _dockerd() -> str | None:
+    return _root() or _program("dockerd", "containerd", "runc", "docker", "busybox")()
+
+
+def _kernel_link(kind: str) -> Callable[[], str | None]:
+    """Whether this kernel makes a link of a kind, tried in a namespace that goes at once."""
+
+    def look() -> str | None:
+        if why := _netns():
+            return why
+        make = f"ip link add probe0 type {kind}"
+        if kind == "vxlan":
+            make += " id 7 dstport 8472"
+        probe = subprocess.run(["unshare", "--net", "sh", "-c", make], capture_output=True, text=True, check=False)
+        return None if probe.returncode == 0 else f"this kernel makes no {kind} link"
+
+    return look
+
+
+_PROBES: dict[str, Callable[[], str | None]] = {
+    "root": _root,
+    "netns": _netns,
+    "tun": _tun,
+    "vxlan": _kernel_link("vxlan"),
+    "iptables": _program("iptables", "iptables-save", "iptables-restore"),
+    "iperf3": _program("iperf3"),
+    "tcpdump": _program("tcpdump"),
+    "etcd34": _etcd34,
+    "etcd37": _etcd37,
+    "dockerd": _dockerd,
+}
+NAMES = tuple(_PROBES)
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """None if the machine can, else the reason. KeyError for a capability nobody defined."""
+    return _PROBES[name]()
+
+
+def summary() -> list[str]:
+    return [name if (why := missing(name)) is None else f"NOT {name} ({why})" for name in NAMES]
