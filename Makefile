@@ -1,0 +1,76 @@
+# flanctl: `make` alone prints this help.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+NATIVE := $(shell find native -name '*.rs' -o -name 'Cargo.toml' -o -name 'Cargo.lock' | grep -v /target/)
+REQUIRE ?=
+PYTEST := $(PY) -m pytest $(if $(REQUIRE),--require $(REQUIRE))
+
+.PHONY: help
+help: ## Print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: setup ## Two hosts on this machine, the whole story in a minute (root)
+	@scripts/need demo
+	@$(VENV)/bin/flanctl demo $(ARGS)
+
+.PHONY: test
+test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last ones)
+	@scripts/need test
+	cd native && cargo test --quiet --workspace --locked
+	$(PYTEST) tests
+
+.PHONY: test-unit
+test-unit: setup ## Unit and property tests only: no root, seconds
+	$(PYTEST) tests/unit
+
+.PHONY: setup
+setup: $(VENV)/.native ## .venv with flanctl in it, editable
+
+$(VENV)/bin/pip:
+	@scripts/need build
+	@rm -rf $(VENV) && $$(scripts/find-python) -m venv $(VENV)
+
+$(VENV)/.deps: requirements/build.txt requirements/dev.txt | $(VENV)/bin/pip
+	@echo "installing the locked dependencies"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/build.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-build-isolation -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.deps $(NATIVE) pyproject.toml
+	@echo "building the packet path (Rust)"
+	@. $(VENV)/bin/activate && maturin develop --quiet --release --locked --skip-install -m native/pyext/Cargo.toml
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: check
+check: setup ## Format, lint, types, import rule, stubs, clippy, rustfmt
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	cd native && cargo fmt --all --check
+	cd native && cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+
+.PHONY: fix
+fix: setup ## Repair what tools can repair
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	cd native && cargo fmt --all
+
+.PHONY: bench
+bench: setup ## Measure side by side in namespaces (root); results in bench/results/
+	@scripts/need bench
+	$(PY) -m bench $(ARGS)
+
+.PHONY: lock
+lock: ## Renew requirements/*.txt from the .in files (needs the registry)
+	scripts/lock
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(VENV) .cache dist native/target .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f flanctl/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,205 @@
+"""The udp backend: inner packets as payload of UDP port 8285, carried by the Rust data plane.
+
+A packet's way: container → docker0 → routing → flannel0 (TUN) → data plane: whose subnet is the destination? →
+UDP to that host's public IP → its data plane: does the sender own the inner source, is the destination ours? →
+flannel0 → routing → docker0 → container. Device, address and route are as flannel's (reference: flannel 0.28.9
+backend/udp, and 0.7.1 for its dialect, whose device has the whole network's prefix).
+
+Only this module imports `flanctl._native`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from ipaddress import IPv4Interface
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes
+from flanctl.agent.kernel import tun
+from flanctl.agent.kernel.links import Device, ensure_device, open_device, refuse_foreign
+from flanctl.agent.kernel.routes import Routes, device_route
+from flanctl.errors import Conflict, FlanctlError, NotFound, NotPermitted
+from flanctl.model.dialect import Dialect
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from ipaddress import IPv4Address, IPv4Network
+
+    from flanctl._native import DataPlane
+    from flanctl.agent.kernel.door import Kernel
+    from flanctl.agent.underlay import Underlay
+    from flanctl.model.network_config import NetworkConfig
+    from flanctl.model.peers import Peer
+
+DEVICE = "flannel0"
+ENCAP_OVERHEAD = 28
+"""Bytes: 20 of outer IPv4 (RFC 791, no options) and 8 of UDP (RFC 768)."""
+
+
+class UdpBackend:
+    """TUN, socket and data plane of one agent. See backends/base.py for what each call promises."""
+
+    data_path = "userspace"
+
+    def __init__(
+        self, kernel: Kernel, config: NetworkConfig, underlay: Underlay, *, peer_check: str = "strict"
+    ) -> None:
+        self._kernel = kernel
+        self._config = config
+        self._underlay = underlay
+        self._peer_check = peer_check
+        self._routes = Routes(kernel)
+        self._socket: socket.socket | None = None
+        self._plane: DataPlane | None = None
+        self._device: Device | None = None
+        self._subnet: IPv4Network | None = None
+        self._stopped = threading.Event()
+
+    @property
+    def mtu(self) -> int:
+        """Bytes: the underlay's less the outer headers."""
+        return self._underlay.mtu - ENCAP_OVERHEAD
+
+    def check(self) -> None:
+        """Raises Conflict for a foreign flannel0 or a taken port, NotPermitted, or FlanctlError without TUN."""
+        if self.mtu < 576:
+            raise FlanctlError(
+                f"the underlay's MTU of {self._underlay.mtu} leaves {self.mtu} bytes for inner packets, fewer than 576"
+            )
+        refuse_foreign(self._kernel, DEVICE)
+        if not os.access(tun.DEVICE, os.R_OK | os.W_OK):
+            missing = not Path(tun.DEVICE).exists()
+            if missing:
+                raise FlanctlError(
+                    f"no {tun.DEVICE}: this kernel has no TUN, or the container was not given it",
+                    hint="modprobe tun; in a container, pass --device /dev/net/tun",
+                    id="no-tun",
+                )
+            raise NotPermitted(f"no right to open {tun.DEVICE}", hint="run as root")
+        if self._socket is None:
+            self._socket = _bind(self._underlay.address, self._config.udp_port)
+
+    def prepare(self) -> BackendAttributes:
+        """flannel's udp leases carry no backend type and no data."""
+        return BackendAttributes()
+
+    def start(self, subnet: IPv4Network) -> None:
+        self._subnet = subnet
+        base = subnet.network_address
+        prefix = self._config.network.prefixlen if self._config.dialect is Dialect.V0_7 else 32
+        self._device = Device(DEVICE, mtu=self.mtu, address=IPv4Interface(f"{base}/{prefix}"))
+        self._open()
+
+    def _open(self) -> None:
+        """Device, then data plane: the TUN's descriptor is only ours to hand over."""
+        from flanctl._native import DataPlane
+
+        device, subnet = self._device, self._subnet
+        if device is None or subnet is None or self._socket is None:
+            raise RuntimeError("start follows check")
+        descriptor = open_device(self._kernel, DEVICE)
+        try:
+            ensure_device(self._kernel, device)
+            plane = DataPlane(
+                descriptor,
+                self._socket.fileno(),
+                mtu=self.mtu,
+                gateway=f"{subnet.network_address + 1}/{subnet.prefixlen}",
+                port=self._config.udp_port,
+                peer_check=self._peer_check,
+            )
+        finally:
+            os.close(descriptor)
+        plane.start()
+        self._plane = plane
+
+    def apply(self, peers: Sequence[Peer]) -> ApplyReport:
+        repaired: list[str] = []
+        if self._plane is None or self._device is None:
+            raise RuntimeError("apply follows start")
+        if (why := self._plane.failure()) is not None:
+            self._plane.stop(1.0)
+            self._open()
+            repaired.append(f"data plane had ended ({why}), started anew")
+        try:
+            repaired += ensure_device(self._kernel, self._device)
+        except NotFound:
+            # Deleted under us: its descriptor died with it.
+            self._plane.stop(1.0)
+            self._open()
+            repaired.append(f"{DEVICE} was gone, made anew")
+        link = self._kernel.link(DEVICE)
+        if link is None:
+            return ApplyReport(len(peers), tuple(repaired), (f"{DEVICE} is gone again",))
+        wanted = [] if self._config.dialect is Dialect.V0_7 else [device_route(link, self._config.network)]
+        report = self._routes.apply(wanted)
+        self._plane.replace_routes(
+            [(str(peer.subnet.network_address), peer.subnet.prefixlen, str(peer.public_ip)) for peer in peers]
+        )
+        return ApplyReport(len(peers), (*repaired, *report.repaired), report.failed)
+
+    def counters(self) -> Mapping[str, int]:
+        return {} if self._plane is None else self._plane.counters()
+
+    def wait(self, seconds: float) -> str | None:
+        plane = self._plane
+        if plane is None:
+            self._stopped.wait(seconds)
+            return None
+        return plane.failure() if plane.wait(seconds) else None
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._plane is not None:
+            self._plane.stop(2.0)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def _bind(address: IPv4Address, port: int) -> socket.socket:
+    """The underlay's socket. Bound to one address, as flanneld's, because peers check where packets come from."""
+    channel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        channel.bind((str(address), port))
+    except OSError as error:
+        channel.close()
+        where = f"UDP {address}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            who = port_holders(port)
+            raise Conflict(
+                f"{where} is in use" + (f" by {', '.join(who)}" if who else ""),
+                hint="stop the other agent first; a second network needs its own Backend Port",
+                id="port-in-use",
+            ) from None
+        if error.errno in {errno.EACCES, errno.EPERM}:
+            raise NotPermitted(f"may not listen on {where}: {error.strerror}", hint="run as root") from None
+        raise FlanctlError(f"cannot listen on {where}: {error.strerror}") from None
+    return channel
+
+
+def port_holders(port: int, *, proc: Path = Path("/proc")) -> tuple[str, ...]:
+    """Processes that hold a UDP/IPv4 port in this network namespace: `flanneld (pid 1187)`. Root sees them all."""
+    inodes = set()
+    try:
+        lines = (proc / "thread-self/net/udp").read_text().splitlines()[1:]
+    except OSError:
+        return ()
+    for line in lines:
+        fields = line.split()
+        if int(fields[1].rpartition(":")[2], 16) == port:
+            inodes.add(f"socket:[{fields[9]}]")
+    found = []
+    for process in proc.iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+                found.append(f"{(process / 'comm').read_text().strip()} (pid {process.name})")
+        except OSError:
+            continue  # ended meanwhile, or not ours to see
+    return tuple(found)

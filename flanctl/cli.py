@@ -1,0 +1,230 @@
+"""The command line: who was called, which command, and the only place where an error becomes text and exit code.
+
+Commands are imported when they are called, so that `flanctl version` does not pay for the agent.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import click
+
+from flanctl.commands.options import flags_of, output_options, registry_options, write_out
+from flanctl.errors import INTERRUPTED, FlanctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one when it is asked for."""
+
+    def __init__(self, *args: object, lazy: Mapping[str, str] | None = None, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # click's own signature, passed through
+        self.lazy = dict(lazy or {})
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        where = self.lazy.get(cmd_name)
+        if where is None:
+            return None
+        module, _, attribute = where.partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command when there is none of that name, and remember which one runs."""
+        try:
+            found = super().resolve_command(ctx, args)
+            ctx.meta[PATH] = f"{ctx.command_path} {found[0]}"
+            return found
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], self.lazy, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.lazy)}"
+            raise click.UsageError(error.message.rstrip(".") + hint, ctx) from None
+
+
+PATH = "flanctl.path"
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _group(name: str, text: str, lazy: Mapping[str, str]) -> LazyGroup:
+    return LazyGroup(name=name, help=text, lazy=lazy, context_settings=SETTINGS, no_args_is_help=True)
+
+
+net = _group(
+    "net",
+    "Write, read and check the network's config.\n\n\b\nExample:\n  flanctl net init --network 172.17.0.0/16",
+    {
+        "init": "flanctl.commands.net:init",
+        "get": "flanctl.commands.net:get",
+        "validate": "flanctl.commands.net:validate",
+    },
+)
+subnets = _group(
+    "subnets",
+    "Show which host holds which subnet.\n\n\b\nExample:\n  flanctl subnets ls",
+    {"ls": "flanctl.commands.subnets:ls", "get": "flanctl.commands.subnets:get"},
+)
+
+
+@click.command(
+    cls=LazyGroup,
+    lazy={
+        "net": "flanctl.cli:net",
+        "subnets": "flanctl.cli:subnets",
+        "agent": "flanctl.commands.agent:agent",
+        "docker-opts": "flanctl.commands.docker_opts:docker_opts",
+        "demo": "flanctl.commands.demo:demo",
+        "version": "flanctl.commands.version:version",
+        "completion": "flanctl.commands.completion:completion",
+    },
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+)
+@registry_options
+@output_options
+def flanctl() -> None:
+    """flannel for people who run their own hosts.
+
+    Options may stand before or after the command. Each can be set by the variable named in brackets; on a host
+    that runs flannel, /etc/sysconfig/flanneld is read too.
+
+    \b
+    Example:
+      flanctl --endpoints http://192.168.6.2:2379 subnets ls
+
+    \b
+    Exit codes: 0 fine, 1 other, 2 usage, 3 registry unreachable, 4 not found, 5 conflict,
+    6 invalid config or value, 7 not permitted, 8 lease lost, 130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's) and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Values may hold anything UTF-8 can; a C locale must not turn them into a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        context = flanctl.make_context("flanctl", words)
+    except click.exceptions.Exit as done:
+        return _flushed(done.exit_code)
+    except click.UsageError as error:
+        return _usage(error)
+    with context:
+        return _invoke(context)
+
+
+def _invoke(context: click.Context) -> int:
+    code = 0
+    try:
+        flanctl.invoke(context)
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.UsageError as error:
+        return _usage(error)
+    except FlanctlError as error:
+        _say(context, error)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _to_stderr("interrupted\n")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        return _quiet_end()
+    except Exception as error:  # the last line of defence: no traceback reaches a user
+        bug = FlanctlError(
+            f"unexpected {type(error).__name__}: {error}",
+            hint="run it again with --debug and report what it prints",
+            id="bug",
+        )
+        bug.__cause__ = error
+        _say(context, bug)
+        code = bug.exit_code
+    return _flushed(code)
+
+
+def _flushed(code: int) -> int:
+    """Answers sit in a buffer: a full disk shows itself only now, and must not look like success."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return _quiet_end()
+    except OSError as error:
+        _to_stderr(f"flanctl: cannot write the answer to standard output: {error.strerror}\n")
+        _drop_stdout()
+        return code or 1
+    return code
+
+
+def _quiet_end() -> int:
+    """The reader (`| head`) has seen enough."""
+    _drop_stdout()
+    return 0
+
+
+def _drop_stdout() -> None:
+    """What is still buffered has nowhere to go; the interpreter's own flush at exit must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _usage(error: click.UsageError) -> int:
+    path = error.ctx.command_path if error.ctx else "flanctl"
+    _to_stderr(f"{path}: {error.format_message().rstrip('.')}\ntry: {path} --help\n")
+    return 2
+
+
+def _say(context: click.Context, error: FlanctlError) -> None:
+    path = _command_path(context)
+    if write_out_or_table(context) == "json":
+        from json import dumps
+
+        shown = {
+            "exit": error.exit_code,
+            "id": error.id,
+            "message": error.message,
+            "details": list(error.details),
+            "try": error.hint,
+        }
+        _to_stderr(dumps({"schema": 1, "error": shown}, ensure_ascii=False) + "\n")
+    else:
+        lines = [f"{path}: {error.message}", *(f"  {line}" for line in error.details)]
+        if error.hint:
+            lines.append(f"try: {error.hint}")
+        _to_stderr("\n".join(lines) + "\n")
+    if "debug" in flags_of(context):
+        from traceback import format_exception
+
+        _to_stderr("".join(format_exception(error)))
+
+
+def write_out_or_table(context: click.Context) -> str:
+    """The output format, or table where the setting itself is what is wrong."""
+    try:
+        return write_out(context)
+    except click.UsageError:
+        return "table"
+
+
+def _command_path(context: click.Context) -> str:
+    """`flanctl subnets ls`: the innermost context is gone by the time its error arrives here."""
+    return str(context.meta.get(PATH, context.command_path))
+
+
+def _to_stderr(text: str) -> None:
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, AttributeError, ValueError):
+        pass  # stderr is closed or full: nobody is left to tell

@@ -1,0 +1,115 @@
+"""Options that several commands share, made from the settings table so that each exists once.
+
+Every option may stand before or after the command's name, as with etcdctl. What was given is kept in
+`click.Context.meta`; `settings()` joins it with the environment and the files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from flanctl.settings import AGENT, REGISTRY, Setting, Settings, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+FLAGS = "flanctl.flags"
+FORMATS = ("table", "simple", "json")
+
+
+def flags_of(context: click.Context) -> dict[str, str]:
+    """What the command line gave so far, by setting name."""
+    given: dict[str, str] = context.meta.setdefault(FLAGS, {})
+    return given
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    name = str(parameter.name)
+    if value is None or value == ():
+        return
+    flags_of(context)[name] = (
+        ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _option(row: Setting) -> Callable[[F], F]:
+    help_text = f"{row.help} [{row.variable}]"
+    if row.kind == "switch":
+        return click.option(
+            f"{row.flag}/--no-{row.name.replace('_', '-')}",
+            row.name,
+            default=None,
+            expose_value=False,
+            callback=_keep,
+            help=help_text + f" Default: {'on' if row.default == 'true' else 'off'}.",
+        )
+    return click.option(
+        row.flag,
+        row.name,
+        default=None,
+        metavar=row.metavar,
+        expose_value=False,
+        callback=_keep,
+        multiple=row.kind == "list",
+        help=help_text + (f" Default: {row.default}" if row.default else ""),
+    )
+
+
+def _from_table(rows: tuple[Setting, ...]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for row in reversed(rows):
+            command = _option(row)(command)
+        return command
+
+    return decorate
+
+
+registry_options = _from_table(REGISTRY)
+agent_options = _from_table(AGENT)
+
+
+def output_options(command: F) -> F:
+    """`--write-out`, `--debug`: every command has them."""
+    command = click.option(
+        "--debug",
+        is_flag=True,
+        default=None,
+        expose_value=False,
+        callback=_keep,
+        help="On an error show where in the program it came from.",
+    )(command)
+    return click.option(
+        "-w",
+        "--write-out",
+        type=click.Choice(FORMATS),
+        default=None,
+        expose_value=False,
+        callback=_keep,
+        help="table for people; simple (tabs, no header) and json keep their form. Default: table",
+    )(command)
+
+
+def write_out(context: click.Context | None = None) -> str:
+    """table, simple or json."""
+    import os
+
+    given = flags_of(context or click.get_current_context()).get("write_out")
+    if given is not None:
+        return given
+    wanted = os.environ.get("FLANCTL_WRITE_OUT", "table")
+    if wanted not in FORMATS:
+        raise click.UsageError(f'FLANCTL_WRITE_OUT "{wanted}" is not one of {", ".join(FORMATS)}')
+    return wanted
+
+
+def settings() -> Settings:
+    """The settings of the running command."""
+    return resolve(flags_of(click.get_current_context()))

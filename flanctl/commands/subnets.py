@@ -1,0 +1,259 @@
+"""`flanctl subnets`: which host holds which subnet, how long still, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import TYPE_CHECKING
+
+import click
+
+from flanctl.commands import output
+from flanctl.commands.options import output_options, registry_options, write_out
+from flanctl.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flanctl.commands.session import Session
+    from flanctl.model.lease import Lease
+    from flanctl.model.network_config import NetworkConfig
+    from flanctl.registry.announcements import Announcement
+    from flanctl.registry.leases import LeaseTable
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One lease as people and scripts see it."""
+
+    lease: Lease
+    backend: str | None
+    own: bool
+    problems: tuple[str, ...]
+    announced: Announcement | None
+
+    @property
+    def kind(self) -> str:
+        return "reservation" if self.lease.reservation else "lease"
+
+    @property
+    def runs(self) -> str | None:
+        """Hosts that run flanctl say so; a lease nobody announced is a flanneld's. Reservations run nothing."""
+        if self.announced is not None:
+            return "flanctl"
+        return None if self.lease.reservation else "flanneld"
+
+    @property
+    def host(self) -> str | None:
+        return self.announced.host if self.announced is not None else None
+
+    @property
+    def ttl(self) -> int | None:
+        return None if self.lease.ttl is None else int(self.lease.ttl)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one look at the registry showed."""
+
+    config: NetworkConfig
+    table: LeaseTable
+    rows: tuple[Row, ...]
+
+
+@click.command()
+@registry_options
+@output_options
+def ls() -> None:
+    """List all subnets with their hosts.
+
+    \b
+    Example:
+      flanctl subnets ls
+      flanctl subnets ls -w simple | cut -f1,2
+    """
+    from flanctl.commands.session import session
+
+    with session() as registry:
+        view = _look(registry)
+    form = write_out()
+    if form == "json":
+        output.json(_document(view))
+    elif form == "simple":
+        output.simple([_simple(row) for row in view.rows])
+    else:
+        _table(view)
+
+
+@click.command()
+@click.argument("what", metavar="SUBNET|PUBLIC-IP")
+@registry_options
+@output_options
+def get(what: str) -> None:
+    """Show the lease of one subnet or one host.
+
+    \b
+    Examples:
+      flanctl subnets get 172.17.41.0/24
+      flanctl subnets get 192.168.6.2 -w json
+    """
+    from flanctl.commands.session import session
+
+    wanted = _subnet_or_address(what)
+    with session() as registry:
+        view = _look(registry)
+    rows = [row for row in view.rows if wanted in {row.lease.subnet, row.lease.attributes.public_ip}]
+    if not rows:
+        raise NotFound(
+            f"no lease of {wanted} among {len(view.rows)} in {view.config.network}", hint="flanctl subnets ls"
+        )
+    form = write_out()
+    if form == "json":
+        output.json({**_document(view), "subnets": [_fields(row) for row in rows]})
+    elif form == "simple":
+        output.simple([_simple(row) for row in rows])
+    else:
+        for row in rows:
+            output.pairs(_details(row))
+
+
+def _subnet_or_address(text: str) -> IPv4Network | IPv4Address:
+    try:
+        if "/" in text:
+            return IPv4Network(text, strict=False)
+        return IPv4Address(text)
+    except ValueError:
+        raise UsageError(f'"{text}" is neither a subnet nor an address') from None
+
+
+def _look(registry: Session) -> View:
+    """Config and leases, then everything that follows from the two."""
+    from flanctl.agent.kernel.addresses import local_addresses
+    from flanctl.model.peers import lease_problems
+    from flanctl.registry.announcements import announcements
+    from flanctl.registry.config import read_config
+
+    config = read_config(registry.store, registry.prefix, registry.dialect).config
+    table = registry.leases().table(with_ttl=True)
+    problems = lease_problems(table.leases, config)
+    announced = announcements(registry.store, registry.prefix)
+    own = local_addresses()
+    rows = tuple(
+        Row(
+            lease=lease,
+            # udp leases carry no BackendType: the network's own says what they speak.
+            backend=None
+            if lease.reservation and lease.attributes.backend_type is None
+            else lease.attributes.backend_type or config.backend_type,
+            own=lease.attributes.public_ip in own,
+            problems=problems.get(lease.subnet, ()),
+            announced=announced.get(lease.attributes.public_ip),
+        )
+        for lease in table.leases
+    )
+    return View(config, table, rows)
+
+
+def _simple(row: Row) -> Sequence[object]:
+    attributes = row.lease.attributes
+    return (
+        row.lease.subnet,
+        attributes.public_ip,
+        row.kind,
+        row.ttl,
+        row.backend,
+        row.runs,
+        row.host,
+        ",".join(row.problems) or None,
+    )
+
+
+def _table(view: View) -> None:
+    if not view.rows:
+        output.note(f"no subnets leased in {view.config.network} yet: start flanctl agent on a host")
+    else:
+        output.table(
+            ["", "SUBNET", "PUBLIC-IP", "BACKEND", "TTL", "KIND", "RUNS", "HOST", "PROBLEM"],
+            [
+                (
+                    "*" if row.own else "",
+                    row.lease.subnet,
+                    row.lease.attributes.public_ip,
+                    row.backend,
+                    "never" if row.lease.reservation else output.age(row.ttl),
+                    row.kind,
+                    row.runs,
+                    row.host,
+                    ",".join(row.problems) or None,
+                )
+                for row in view.rows
+            ],
+            numbers=["TTL"],
+        )
+        own = ", * this host" if any(row.own for row in view.rows) else ""
+        output.note(f"{len(view.rows)} of {view.config.capacity} subnets{own}")
+    if unreadable := view.table.unreadable:
+        shown = ", ".join(f"{bad.key.rsplit('/', 1)[-1]} ({bad.problem})" for bad in unreadable[:5])
+        more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+        noun = "key" if len(unreadable) == 1 else "keys"
+        output.note(f"{len(unreadable)} {noun} cannot be read: {shown}{more}")
+
+
+def _details(row: Row) -> list[tuple[str, object]]:
+    attributes = row.lease.attributes
+    return [
+        ("SUBNET", row.lease.subnet),
+        ("PUBLIC-IP", attributes.public_ip),
+        ("BACKEND", row.backend or "-"),
+        (
+            "DATA",
+            "-" if attributes.backend_data is None else json.dumps(attributes.backend_data, default=str),
+        ),
+        ("TTL", "never" if row.lease.reservation else output.age(row.ttl)),
+        ("KIND", row.kind),
+        ("KEY", row.lease.key),
+        ("REVISION", row.lease.revision),
+        ("RUNS", row.runs or "-"),
+        ("HOST", row.host or "-"),
+        ("PROBLEM", ",".join(row.problems) or "-"),
+    ]
+
+
+def _fields(row: Row) -> dict[str, object]:
+    from datetime import UTC, datetime, timedelta
+
+    attributes = row.lease.attributes
+    expires = None
+    if row.ttl is not None and not row.lease.reservation:
+        expires = (datetime.now(UTC) + timedelta(seconds=row.ttl)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "subnet": str(row.lease.subnet),
+        "public_ip": str(attributes.public_ip),
+        "kind": row.kind,
+        "ttl_seconds": row.ttl,
+        "expires": expires,
+        "backend": row.backend,
+        "backend_data": attributes.backend_data,
+        "self": row.own,
+        "host": row.host,
+        "runs": row.runs,
+        "version": row.announced.version if row.announced else None,
+        "data_path": row.announced.data_path if row.announced else None,
+        "revision": row.lease.revision,
+        "problems": list(row.problems),
+    }
+
+
+def _document(view: View) -> dict[str, object]:
+    from datetime import UTC, datetime
+
+    return {
+        "network": str(view.config.network),
+        "dialect": str(view.config.dialect),
+        "revision": view.table.revision,
+        "stale": False,
+        "as_of": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "subnets": [_fields(row) for row in view.rows],
+        "unreadable": [{"key": bad.key, "problem": bad.problem} for bad in view.table.unreadable],
+    }

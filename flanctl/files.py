@@ -1,0 +1,66 @@
+"""Files that others read while we write them: whole or not at all, and still there after power loss."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+from flanctl.errors import FlanctlError, NotFound, NotPermitted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace `path` by `content` in one step, on disk when this returns.
+
+    The last directory is made if it is missing (/run/flannel is, after each boot); a longer missing path is more
+    likely a slip of the pen and an error. Raises NotFound, NotPermitted, or FlanctlError for a full disk.
+    """
+    folder = path.parent
+    try:
+        make_directory(folder)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        _sync_directory(folder)
+    except OSError as error:
+        try:
+            os.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        raise _cannot_write(path, error) from None
+
+
+def make_directory(folder: Path) -> None:
+    """Make the last level of `folder` if it is missing. Raises OSError."""
+    try:
+        folder.mkdir(mode=0o755)
+    except FileExistsError:
+        pass
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError) -> FlanctlError:
+    if isinstance(error, FileNotFoundError):
+        return NotFound(
+            f"cannot write {path}: there is no directory {path.parent}", hint=f"mkdir -p {path.parent}"
+        )
+    if isinstance(error, PermissionError) or error.errno == 30:  # EROFS
+        return NotPermitted(f"cannot write {path}: {error.strerror}")
+    return FlanctlError(f"cannot write {path}: {error.strerror}", id="cannot-write")
