@@ -132,8 +132,8 @@ class Namespace:
         self.lab.processes.append(process)
         return process
 
-    def ip(self, *lines: str) -> None:
-        """Lines for ip(8) -batch, without the word `ip`."""
+    def ip_batch(self, *lines: str) -> None:
+        """Several commands of ip(8) here, each without the word `ip`, in one process."""
         _batch(lines, self.namespace)
 
 
@@ -158,7 +158,7 @@ class Host(Namespace):
 
     def set_mtu(self, mtu: int) -> None:
         """MTU of eth0, in bytes; the switch's end of the cable keeps the lab's."""
-        self.ip(f"link set eth0 mtu {mtu}")
+        self.ip_batch(f"link set eth0 mtu {mtu}")
 
     def add_container(self, bip: IPv4Interface, mtu: int) -> Container:
         """A container on docker0, which is made, or moved to another address, as dockerd would for --bip and --mtu."""
@@ -168,15 +168,15 @@ class Host(Namespace):
         self.lab.make_namespace(container)
         if not (self.containers and self.containers[-1].interface.network == bip.network):
             if not self.containers:
-                self.ip("link add docker0 type bridge")
-            self.ip("addr flush dev docker0", f"addr add {bip} dev docker0 brd +")
+                self.ip_batch("link add docker0 type bridge")
+            self.ip_batch("addr flush dev docker0", f"addr add {bip} dev docker0 brd +")
         port = f"veth{number - 1}"
-        self.ip(
+        self.ip_batch(
             f"link set docker0 mtu {mtu} up",
             f"link add {port} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {container.namespace}",
             f"link set {port} master docker0 up",
         )
-        container.ip(
+        container.ip_batch(
             "link set lo up",
             f"addr add {address} dev eth0 brd +",
             "link set eth0 up",
@@ -205,7 +205,7 @@ class Lab:
         self._gateway = network.network_address + 1
         try:
             self.make_namespace(self._underlay)
-            self._underlay.ip(
+            self._underlay.ip_batch(
                 f"link add under0 mtu {mtu} type bridge",
                 f"addr add {self._gateway}/{network.prefixlen} dev under0",
                 "link set lo up",
@@ -238,11 +238,11 @@ class Lab:
         self.make_namespace(host)
         port = f"port{number}"
         mtu = mtu or self.mtu
-        self._underlay.ip(
+        self._underlay.ip_batch(
             f"link add {port} mtu {self.mtu} type veth peer name eth0 mtu {mtu} netns {host.namespace}",
             f"link set {port} master under0 up",
         )
-        host.ip(
+        host.ip_batch(
             "link set lo up",
             f"addr add {host.interface} dev eth0 brd +",
             "link set eth0 up",
