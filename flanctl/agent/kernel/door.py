@@ -27,6 +27,10 @@ class Kernel(Protocol):
         """Make the TUN, or attach to the one that is there: a descriptor the caller closes. See tun.open_tun."""
         ...
 
+    def tun_holders(self, name: str) -> tuple[str, ...]:
+        """Other processes that hold the TUN, `flanneld (pid 4711)`; ourselves not counted."""
+        ...
+
     def keep_tun(self, fd: int) -> None:
         """From now on the device outlives its last descriptor."""
         ...
@@ -60,7 +64,7 @@ class Kernel(Protocol):
         ...
 
     def routes(self, *, link: int | None = None, protocol: int | None = None) -> tuple[Route, ...]:
-        """Unicast IPv4 routes of the main table, most specific kind of question answered by filters."""
+        """Unicast IPv4 routes of the main table: all, or those out of one link, or of one protocol."""
         ...
 
     def add_route(self, route: Route) -> None:

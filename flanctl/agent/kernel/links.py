@@ -14,7 +14,6 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flanctl.agent.kernel import tun
 from flanctl.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def refuse_foreign(kernel: Kernel, name: str, *, alias: str = ALIAS) -> Link | N
     link = kernel.link(name)
     if link is None:
         return None
-    held_by = tun.holders(name) if link.kind == "tun" and link.carrier else ()
+    held_by = kernel.tun_holders(name) if link.kind == "tun" and link.carrier else ()
     who = f", held by {', '.join(held_by)}" if held_by else ""
     hint = f"stop {held_by[0]}" if held_by else f"ip link delete {name}"
     if link.kind != "tun":

@@ -122,6 +122,9 @@ class NetlinkKernel:
     def open_tun(self, name: str, *, vnet_hdr: bool = False, persistent: bool = True) -> int:
         return tun.open_tun(name, vnet_hdr=vnet_hdr, persistent=persistent)
 
+    def tun_holders(self, name: str) -> tuple[str, ...]:
+        return tun.holders(name)
+
     def keep_tun(self, fd: int) -> None:
         tun.keep_tun(fd)
 
