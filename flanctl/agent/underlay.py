@@ -16,6 +16,7 @@ from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
+from flanctl.agent.kernel.links import ALIAS
 from flanctl.errors import FlanctlError, Invalid, NotFound
 
 if TYPE_CHECKING:
@@ -64,15 +65,11 @@ def choose_underlay(
     links = kernel.links()
     local = {address.ip: link for link in links for address in link.addresses}
     link, address, why = _choose(kernel, links, local, iface, iface_regex, iface_can_reach, announced)
-    if not link.up:
-        raise FlanctlError(
-            f"interface {link.name}, {why}, is down", hint=f"ip link set {link.name} up", id="interface-down"
-        )
     warnings = []
     if not link.carrier:
         warnings.append(f"interface {link.name} has no carrier")
     if note := _doubt(link, address):
-        warnings.append(f"interface {link.name} {address} looks wrong for an underlay: {note}")
+        warnings.append(f"interface {link.name} with {address} is doubtful as underlay ({note})")
     if announced and announced not in local:
         warnings.append(f"public IP {announced} is not an address of this host; peers must reach us there")
     others = tuple(
@@ -80,7 +77,7 @@ def choose_underlay(
         for other in links
         if other.index != link.index
         and other.up
-        and not other.loopback
+        and not _never(other)
         and (first := _best(other)) is not None
     )
     return Underlay(link, address, announced or address, link.mtu, why, others, tuple(warnings))
@@ -112,50 +109,63 @@ def _choose(
     iface_can_reach: str | None,
     announced: IPv4Address | None,
 ) -> tuple[Link, IPv4Address, str]:
-    tried = []
+    tried: list[tuple[str, FlanctlError]] = []
     ways: list[tuple[str, Callable[[], tuple[Link, IPv4Address]]]] = []
-    ways += [(f"--iface {text}", partial(_named, links, local, text)) for text in iface]
+    ways += [(f"--iface {text}", partial(_named, links, local, text)) for text in iface if text]
     # A pattern that means nothing is an error even when --iface decides.
-    ways += [(f"--iface-regex {text}", partial(_matching, links, _pattern(text))) for text in iface_regex]
+    ways += [
+        (f"--iface-regex {text}", partial(_matching, links, _pattern(text))) for text in iface_regex if text
+    ]
     if iface_can_reach:
         target = _address(iface_can_reach, "--iface-can-reach")
         ways.append((f"--iface-can-reach {target}", partial(_reaching, kernel, links, target)))
     for way, find in ways:
         try:
-            return *find(), f"chosen by {way}"
-        except NotFound as error:
-            tried.append(f"{way}: {error}")
+            return *_usable(find()), f"chosen by {way}"
+        except FlanctlError as error:
+            tried.append((way, error))
+    if len(tried) == 1:
+        way, cause = tried[0]
+        hint = cause.hint or "name one of these with --iface"
+        which = "no-interface" if isinstance(cause, NotFound) else cause.id
+        raise type(cause)(f"{way}: {cause}", details=_list(links), hint=hint, id=which)
     if tried:
-        if len(tried) == 1:
-            raise NotFound(
-                tried[0], details=_list(links), hint="name one of these with --iface", id="no-interface"
-            )
         raise NotFound(
             "none of the interface options fits",
-            details=(*tried, *_list(links)),
+            details=(*(f"{way}: {cause}" for way, cause in tried), *_list(links)),
             hint="name one of these with --iface",
             id="no-interface",
         )
     if announced in local:
-        return local[announced], announced, f"which has the address given by --public-ip {announced}"
-    route = kernel.default_route()
-    link = next((link for link in links if route and link.index == route.link), None)
-    if link is None:
+        return *_usable(
+            (local[announced], announced)
+        ), f"which has the address given by --public-ip {announced}"
+    try:
+        return *_usable(_default(kernel, links)), "of the default route"
+    except NotFound as error:
         raise NotFound(
-            "no interface is named and there is no default route",
-            details=_list(links),
-            hint="name one of these with --iface",
-            id="no-interface",
+            str(error), details=_list(links), hint="name one of these with --iface", id="no-interface"
+        ) from None
+
+
+def _usable(found: tuple[Link, IPv4Address]) -> tuple[Link, IPv4Address]:
+    link = found[0]
+    if not link.up:
+        raise FlanctlError(
+            f"interface {link.name} is down", hint=f"ip link set {link.name} up", id="interface-down"
         )
+    return found
+
+
+def _default(kernel: Kernel, links: tuple[Link, ...]) -> tuple[Link, IPv4Address]:
+    route = kernel.default_route()
+    link = next((link for link in links if route and link.index == route.link and not _never(link)), None)
+    if link is None:
+        raise NotFound("no interface is named and there is no default route")
     best = _best(link)
     if best is None:
-        raise NotFound(
-            f"interface {link.name} of the default route has no IPv4 address",
-            details=_list(links),
-            hint="name one of these with --iface",
-            id="no-interface",
-        )
-    return link, best, "of the default route"
+        raise NotFound(f"interface {link.name} of the default route has no usable IPv4 address")
+    return link, best
 
 
 def _named(links: tuple[Link, ...], local: dict[IPv4Address, Link], text: str) -> tuple[Link, IPv4Address]:
@@ -172,17 +182,17 @@ def _named(links: tuple[Link, ...], local: dict[IPv4Address, Link], text: str) -
         raise NotFound(f"there is no interface {text}")
     best = _best(link)
     if best is None:
-        raise NotFound(f"interface {text} has no IPv4 address")
+        raise NotFound(f"interface {text} has no usable IPv4 address")
     return link, best
 
 
 def _matching(links: tuple[Link, ...], pattern: re.Pattern[str]) -> tuple[Link, IPv4Address]:
     for link in links:
         for address in link.addresses:
-            if not link.loopback and pattern.search(str(address.ip)):
+            if not _never(link) and pattern.search(str(address.ip)):
                 return link, address.ip
     for link in links:
-        if not link.loopback and pattern.search(link.name) and (best := _best(link)) is not None:
+        if not _never(link) and pattern.search(link.name) and (best := _best(link)) is not None:
             return link, best
     raise NotFound(f'no interface has an address or a name that matches "{pattern.pattern}"')
 
@@ -196,7 +206,7 @@ def _reaching(kernel: Kernel, links: tuple[Link, ...], target: IPv4Address) -> t
         raise NotFound(f"{target} is an address of this host")
     source = path.source or _best(link)
     if source is None:
-        raise NotFound(f"interface {link.name}, which reaches {target}, has no IPv4 address")
+        raise NotFound(f"interface {link.name}, which reaches {target}, has no usable IPv4 address")
     return link, source
 
 
@@ -225,8 +235,13 @@ def _list(links: tuple[Link, ...]) -> tuple[str, ...]:
         f"{link.name:<15} {', '.join(str(address.ip) for address in link.addresses) or 'no IPv4 address'}"
         + ("" if link.up else " (down)")
         for link in links
-        if not link.loopback
+        if not _never(link)
     )
+
+
+def _never(link: Link) -> bool:
+    """Loopback, and the device we left at the last run: nothing to find by itself."""
+    return link.loopback or link.alias == ALIAS
 
 
 def _address(text: str, option: str) -> IPv4Address:

@@ -41,6 +41,8 @@ class FakeKernel:
         self._descriptors: dict[int, str] = {}
         self._last_index = 0
         self.tuns: dict[str, socket.socket] = {}
+        self.holders: dict[str, tuple[str, ...]] = {}
+        """What `tun_holders` says: other processes, as a test wants them."""
 
     # --- for the test
 
@@ -81,13 +83,13 @@ class FakeKernel:
 
     def __str__(self) -> str:
         lines = []
-        for link in self.links():
+        for link in self._links.values():
             words = [f"{link.index}: {link.name}", link.kind, f"mtu {link.mtu} qlen {link.queue_length}"]
             words += ["up" if link.up else "down", None if link.carrier else "no-carrier"]
             words += [f"alias {link.alias}" if link.alias else None]
             lines.append(" ".join(filter(None, words)))
             lines += [f"    inet {address}" for address in link.addresses]
-        names = {link.index: link.name for link in self.links()}
+        names = {link.index: link.name for link in self._links.values()}
         for route in sorted(self._routes, key=lambda route: (route.destination, route.metric)):
             lines.append(
                 f"{route.destination}"
@@ -109,7 +111,7 @@ class FakeKernel:
         self._called("link")
         return self._links.get(name)
 
-    def open_tun(self, name: str, *, vnet_hdr: bool = False, persistent: bool = True) -> int:
+    def open_tun(self, name: str, *, vnet_hdr: bool = False, persistent: bool = True) -> int:  # noqa: ARG002
         self._called("open_tun")
         link = self._links.get(name)
         if link is None:
@@ -134,7 +136,7 @@ class FakeKernel:
 
     def tun_holders(self, name: str) -> tuple[str, ...]:
         self._called("tun_holders")
-        return ()
+        return self.holders.get(name, ())
 
     def keep_tun(self, fd: int) -> None:
         self._called("keep_tun")
@@ -176,10 +178,7 @@ class FakeKernel:
 
     def delete_link(self, name: str) -> None:
         self._called("delete_link")
-        link = self._links.pop(name, None)
-        if link is not None:
-            self._routes = [route for route in self._routes if route.link != link.index]
-            self._forget_tun(name)
+        self._remove(name)
 
     # --- addresses
 
@@ -197,8 +196,12 @@ class FakeKernel:
         if link is None or address not in link.addresses:
             return
         self._links[name] = replace(link, addresses=tuple(a for a in link.addresses if a != address))
+        still = [own.ip for other in self._links.values() for own in other.addresses]
+        connected = Route(address.network, link.index, None, KERNEL_PROTOCOL, "link", address.ip)
         self._routes = [
-            route for route in self._routes if (route.link, route.source) != (link.index, address.ip)
+            route
+            for route in self._routes
+            if route != connected and (route.source is None or route.source in still)
         ]
 
     # --- routes
@@ -229,14 +232,16 @@ class FakeKernel:
 
     def route_to(self, address: IPv4Address) -> Path | None:
         self._called("route_to")
-        if any(address == own.ip for link in self.links() for own in link.addresses):
-            loopback = next((link.index for link in self.links() if link.loopback), 0)
+        if any(address == own.ip for link in self._links.values() for own in link.addresses):
+            loopback = next((link.index for link in self._links.values() if link.loopback), 0)
             return Path(loopback, address, None)
         fitting = [route for route in self._routes if address in route.destination]
         if not fitting:
             return None
         best = max(fitting, key=lambda route: (route.destination.prefixlen, -route.metric))
-        own = next((a.ip for link in self.links() if link.index == best.link for a in link.addresses), None)
+        own = next(
+            (a.ip for link in self._links.values() if link.index == best.link for a in link.addresses), None
+        )
         return Path(best.link, best.source or own, best.gateway)
 
     def default_route(self) -> Route | None:
@@ -258,7 +263,13 @@ class FakeKernel:
             if _hung_up(end):  # the holder closed its descriptor
                 self._links[name] = replace(self._links[name], carrier=False)
                 if name in self._transient:
-                    self.delete_link(name)
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        link = self._links.pop(name, None)
+        if link is not None:
+            self._routes = [route for route in self._routes if route.link != link.index]
+            self._forget_tun(name)
 
     def _forget_tun(self, name: str) -> None:
         if name in self.tuns:
