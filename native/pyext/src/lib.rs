@@ -1,0 +1,138 @@
+//! `flanctl._native`: a thin shell. Everything that decides lives in the `dataplane` crate.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::time::Duration;
+
+use dataplane::routes::Route;
+use dataplane::{Error, Settings};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// The one place where our errors become Python's.
+fn raise(error: Error) -> PyErr {
+    match error {
+        Error::Invalid(text) => PyValueError::new_err(text),
+        Error::Os(what, error) => os_error(what, &error),
+        Error::State(text) => PyRuntimeError::new_err(text),
+    }
+}
+
+fn os_error(what: String, error: &io::Error) -> PyErr {
+    // Two arguments make Python choose the subclass by errno.
+    PyOSError::new_err((error.raw_os_error().unwrap_or(0), what))
+}
+
+fn borrow<'fd>(fd: RawFd, name: &str) -> PyResult<BorrowedFd<'fd>> {
+    if fd < 0 {
+        return Err(PyValueError::new_err(format!("{name} {fd} is negative")));
+    }
+    // SAFETY: the descriptor is not -1, and it is only used during the constructor's call, in which Python's caller
+    // keeps it open; one that is closed all the same gives EBADF, never undefined behaviour of ours.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+fn narrow<T: TryFrom<i64>>(value: i64, name: &str) -> PyResult<T> {
+    T::try_from(value).map_err(|_| PyValueError::new_err(format!("{name} {value} is out of range")))
+}
+
+/// Seconds as Python has them. Python's own waits refuse negatives and NaN in the same way.
+fn duration(seconds: f64) -> PyResult<Duration> {
+    if seconds.is_infinite() && seconds > 0.0 {
+        return Ok(Duration::MAX);
+    }
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|_| PyValueError::new_err(format!("timeout {seconds} s is no time")))
+}
+
+#[pyclass(frozen, module = "flanctl._native")]
+struct DataPlane(dataplane::DataPlane);
+
+#[pymethods]
+impl DataPlane {
+    #[new]
+    #[pyo3(signature = (tun_fd, udp_fd, *, mtu, gateway, port, peer_check = "strict"))]
+    fn new(
+        tun_fd: RawFd,
+        udp_fd: RawFd,
+        mtu: i64,
+        gateway: &str,
+        port: i64,
+        peer_check: &str,
+    ) -> PyResult<Self> {
+        let settings = Settings {
+            mtu: narrow(mtu, "mtu")?,
+            own: gateway
+                .parse()
+                .map_err(|text| PyValueError::new_err(format!("gateway {text}")))?,
+            port: narrow(port, "port")?,
+            peer_check: peer_check.parse().map_err(PyValueError::new_err::<String>)?,
+        };
+        let (tun, udp) = (borrow(tun_fd, "tun_fd")?, borrow(udp_fd, "udp_fd")?);
+        dataplane::DataPlane::new(tun, udp, settings)
+            .map(Self)
+            .map_err(raise)
+    }
+
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.start()).map_err(raise)
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "PyO3 makes it for this call")]
+    fn replace_routes(&self, routes: Vec<(String, i64, String)>) -> PyResult<bool> {
+        let routes: Result<Vec<Route>, String> = routes.iter().map(parse_route).collect();
+        self.0
+            .replace_routes(routes.map_err(PyValueError::new_err)?)
+            .map_err(raise)
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = PyDict::new(py);
+        for (name, value) in self.0.counters().read() {
+            counters.set_item(name, value)?;
+        }
+        Ok(counters)
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.0.failure()
+    }
+
+    fn wait(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
+        let timeout = duration(timeout)?;
+        Ok(py.detach(|| self.0.wait(timeout)))
+    }
+
+    #[pyo3(signature = (timeout = 5.0))]
+    fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
+        let timeout = duration(timeout)?;
+        Ok(py.detach(|| self.0.stop(timeout)))
+    }
+}
+
+fn parse_route((base, prefix_len, peer): &(String, i64, String)) -> Result<Route, String> {
+    let length =
+        u8::try_from(*prefix_len).map_err(|_| format!("{base}/{prefix_len}: no such prefix length"))?;
+    let address = |text: &str| -> Result<Ipv4Addr, String> {
+        text.parse()
+            .map_err(|_| format!("{base}/{prefix_len} to {peer}: {text:?} is not an IPv4 address"))
+    };
+    Route::new(address(base)?, length, address(peer)?)
+}
+
+#[pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::DataPlane;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.setattr("version", env!("CARGO_PKG_VERSION"))?;
+        // PyO3 makes one as it adds classes; the stub, which is the contract, has none.
+        module.delattr("__all__")
+    }
+}
