@@ -128,8 +128,9 @@ class Namespace:
         """
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("start_new_session", True)
-        process = subprocess.Popen(self.command(arguments), **options)
-        self.lab.processes.append(process)
+        with _uninterrupted():  # a Ctrl-C between start and note would lose it
+            process = subprocess.Popen(self.command(arguments), **options)
+            self.lab.processes.append(process)
         return process
 
     def ip_batch(self, *lines: str) -> None:
@@ -275,10 +276,10 @@ class Lab:
         """End all processes (SIGTERM, after `grace` seconds SIGKILL) and remove all namespaces."""
         with _uninterrupted():
             self._end_processes(grace)
-            for name in list(self._namespaces):
-                if (_NAMESPACES / name).exists():
-                    _batch([f"netns delete {name}"])
-                del self._namespaces[name]
+            present = [f"netns delete {name}" for name in self._namespaces if (_NAMESPACES / name).exists()]
+            if present:
+                _batch(present)
+            self._namespaces.clear()
             self.hosts.clear()
 
     def leftovers(self) -> tuple[str, ...]:
@@ -330,10 +331,19 @@ class Lab:
 
 
 def _batch(lines: Sequence[str], namespace: str | None = None) -> None:
-    """One `ip -batch`, in a namespace. Raises FlanctlError with the line and the kernel's words."""
-    command = ["ip", *(["-n", namespace] if namespace else []), "-batch", "-"]
+    """One `ip -batch`, in a namespace, to its end: with -force a line that fails does not stop the others.
+
+    Raises FlanctlError with the lines and the kernel's words.
+    """
+    command = ["ip", *(["-n", namespace] if namespace else []), "-force", "-batch", "-"]
     done = subprocess.run(
-        command, input="\n".join(lines), capture_output=True, text=True, timeout=30, check=False
+        command,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        start_new_session=True,  # a Ctrl-C at the terminal must not end the cleaning half-way
     )
     if done.returncode != 0:
         where = f" in {namespace}" if namespace else ""
@@ -356,7 +366,7 @@ def _command_of(pid: int) -> str:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C during the cleaning waits until it is done. Signals belong to the main thread."""
+    """A Ctrl-C waits until the block is done. Signals belong to the main thread, others are never interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -366,5 +376,5 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(signal.SIGINT, None)
+        if came:
+            signal.raise_signal(signal.SIGINT)

@@ -68,7 +68,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
-IFF_UP, IFF_LOOPBACK, IFF_LOWER_UP = 0x1, 0x8, 0x10000
+IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 RTEXT_FILTER_SKIP_STATS = 8
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
 IFA_LOCAL, RTA_OIF, IFLA_IFNAME = 2, 4, 3
@@ -158,14 +158,23 @@ class NetlinkKernel:
         return True
 
     def _no_link_local(self, name: str) -> bool:
-        """Where /proc/sys is read-only (containers): no link-local address, hence no solicitation."""
+        """Where /proc/sys is read-only (containers): no link-local address, hence no solicitation.
+
+        Two multicast listener reports still leave at "up". Looks first, because setting wakes the link monitor.
+        """
+        look = ifinfmsg()
+        look["attrs"] = [["IFLA_IFNAME", name], ["IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS]]
         request = ifinfmsg()
         mode = {"attrs": [["IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE]]}
         request["attrs"] = [["IFLA_IFNAME", name], ["IFLA_AF_SPEC", {"attrs": [["AF_INET6", mode]]}]]
         try:
+            families = self._ask(RTM_GETLINK, look, f"look at {name}")[0].get_attr("IFLA_AF_SPEC")
+            inet6 = families.get_attr("AF_INET6") if families else None
+            if inet6 is None or inet6.get_attr("IFLA_INET6_ADDR_GEN_MODE") == IN6_ADDR_GEN_MODE_NONE:
+                return False  # a kernel without IPv6 is as quiet
             self._do(RTM_NEWLINK, 0, request, f"turn IPv6 off on {name}")
         except FlanctlError:
-            return False  # a kernel without IPv6 is as quiet
+            return False
         return True
 
     def delete_link(self, name: str) -> None:
@@ -253,8 +262,10 @@ class NetlinkKernel:
         request["attrs"] = [["RTA_DST", str(address)]]
         try:
             message = self._ask(RTM_GETROUTE, request, f"ask for the route to {address}")[0]
-        except NotFound:
-            return None
+        except FlanctlError:
+            return (
+                None  # each kind of refusing route has its own errno: unreachable, prohibit, blackhole, throw
+            )
         source, gateway = message.get_attr("RTA_PREFSRC"), message.get_attr("RTA_GATEWAY")
         return RoutePath(
             link=message.get_attr("RTA_OIF", 0),
@@ -355,6 +366,8 @@ class LinkMonitor:
         for index, name in socket.if_nameindex():
             if name in self._names:
                 self._indexes[index] = name
+        self._ending = threading.Lock()
+        self._closed = False
         self.stopped = False
 
     def wait(self, seconds: float | None = None) -> tuple[LinkEvent, ...]:
@@ -385,14 +398,19 @@ class LinkMonitor:
         return ()
 
     def stop(self) -> None:
-        """`wait` returns at once, now and from now on."""
-        self.stopped = True
-        os.eventfd_write(self._stop, 1)
+        """`wait` returns at once, now and from now on. From any thread, at any time, also after `close`."""
+        with self._ending:
+            self.stopped = True
+            if not self._closed:  # the number may be somebody else's descriptor by now
+                os.eventfd_write(self._stop, 1)
 
     def close(self) -> None:
-        """After the last `wait` has returned."""
-        self._socket.close()
-        os.close(self._stop)
+        """After the last `wait` has returned; twice is fine."""
+        with self._ending:
+            if not self._closed:
+                self._closed = True
+                self._socket.close()
+                os.close(self._stop)
 
     def _events(self, data: bytes) -> Iterator[LinkEvent]:
         for kind, _, _, message in _split(data):
@@ -498,7 +516,8 @@ def _to_link(message: nlmsg, addresses: tuple[IPv4Interface, ...]) -> Link:
         up=bool(message["flags"] & IFF_UP),
         alias=message.get_attr("IFLA_IFALIAS"),
         addresses=addresses,
-        carrier=bool(message["flags"] & IFF_LOWER_UP),
+        # Not the flag IFF_LOWER_UP: a link that is down never shows it, and a TUN may be down and held.
+        carrier=bool(message.get_attr("IFLA_CARRIER", 1)),
         loopback=bool(message["flags"] & IFF_LOOPBACK),
         queue_length=message.get_attr("IFLA_TXQLEN", 0),
     )

@@ -102,12 +102,9 @@ def repair(saved: str, chain: Chain, *, wanted: bool) -> tuple[list[str], list[s
             how = "had other rules or another order"
         sentences.append(f"{where} {how}, written")
     right = [line for words, line in jumps if words == _words(chain.jump)]
-    surplus = [line for words, line in jumps if words != _words(chain.jump)] + right[1:]
-    lines += [f"-D{line[2:]}" for line in surplus]
-    if surplus:
-        sentences.append(
-            f"{len(surplus)} of {len(jumps)} jumps to {where} were too many or not ours, deleted"
-        )
+    if surplus := right[1:]:
+        lines += [f"-D{line[2:]}" for line in surplus]
+        sentences.append(f"{len(surplus)} of {len(right)} jumps to {where} were too many, deleted")
     if not right:
         lines.append(chain.jump)
         sentences.append(f"the jump from {chain.parent} to {where} was missing, appended")
