@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ASSIGNMENT = re.compile(rf"({_NAME.pattern})=")
-_UNSAFE = re.compile(r'["\\$`\x00-\x1f\x7f]')
+_ASSIGNMENT = re.compile(rf"(?:export[ \t]+)?({_NAME.pattern})=")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_UNSAFE = re.compile(r'["\\$`\x00-\x1f\x7f\ud800-\udfff]')
+_BLANKS = (" ", "\t")
 _MARK = "DOCKER_OPT_"
 MAX_BYTES = 64 * 1024
 """Longest subnet.env we read; flannel's has about 120 bytes."""
@@ -44,14 +46,14 @@ def docker_options(
     if not individual and not combined:
         individual = combined = True
 
-    options = {name: value for name, value in variables.items() if _MARK in name}
+    options = {name: value for name, value in variables.items() if _MARK in name and _NAME.fullmatch(name)}
     if subnet := variables.get("FLANNEL_SUBNET"):
         options["DOCKER_OPT_BIP"] = f"--bip={subnet}"
     if mtu := variables.get("FLANNEL_MTU"):
         options["DOCKER_OPT_MTU"] = f"--mtu={mtu}"
     if (flannel_does := variables.get("FLANNEL_IPMASQ")) and ip_masq:
         if flannel_does not in ("true", "false"):
-            raise Invalid(f"Invalid value of FLANNEL_IPMASQ: {flannel_does}", hint="true or false")
+            raise Invalid(f"FLANNEL_IPMASQ is {flannel_does!r}", hint="it is true or false, nothing else")
         # Inverted: what flannel masquerades, docker must not.
         options["DOCKER_OPT_IPMASQ"] = f"--ip-masq={'false' if flannel_does == 'true' else 'true'}"
 
@@ -85,13 +87,14 @@ def read_variables(text: bytes | str, *, name: str = "subnet.env") -> dict[str, 
             number = text.count(b"\n", 0, reason.start) + 1
             raise Invalid(f"{name} line {number}: byte 0x{text[reason.start]:02x} is not UTF-8") from None
     lines = decoded.split("\n")
+    if lines[-1].strip(" \t"):
+        raise Invalid(f"{name} line {len(lines)}: no newline at the end, the file is half-written")
     variables: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if line.endswith("\r"):
-            raise Invalid(f"{name} line {number}: Windows line end (CR LF)", hint=f"sed -i 's/\\r$//' {name}")
+            what = f"{name} line {number}: Windows line end (CR LF)"
+            raise Invalid(what, hint=f"sed -i 's/\\r$//' {name}")
         _Line(line, f"{name} line {number}").read(variables)
-    if lines[-1].strip(" \t"):
-        raise Invalid(f"{name} line {len(lines)}: no newline at the end, the file is half-written")
     return variables
 
 
@@ -107,53 +110,49 @@ class _Line:
 
     def read(self, variables: dict[str, str]) -> None:
         line, here = self.line, 0
-        exported = False
         while True:
-            while line[here : here + 1] in (" ", "\t") and here < len(line):
+            while line[here : here + 1] in _BLANKS:
                 here += 1
-            if here >= len(line) or line[here] == "#":
+            if line[here : here + 1] in ("", "#"):
                 return
             assignment = _ASSIGNMENT.match(line, here)
             if assignment is None:
-                if not exported and line.startswith(("export ", "export\t"), here):
-                    exported = True
-                    here += len("export")
-                    continue
-                shown = line[here:].split(None, 1)[0] if line[here:].split() else line[here:]
-                raise self.failure(f"{shown[:40]!a} is not an assignment like NAME=value")
-            value, here = self.word(assignment.end(), assignment[1])
-            variables[assignment[1]] = value
+                raise self.failure(f"{line[here : here + 40]!r} is not an assignment like NAME=value")
+            name = assignment[1]
+            variables[name], here = self.word(assignment.end(), name)
 
-    def word(self, here: int, name: str) -> tuple[str, int]:
-        """The value that starts at `here`, up to an unquoted blank, and where that is."""
-        line = self.line
+    def word(self, start: int, name: str) -> tuple[str, int]:
+        """The value that starts at `start` and ends at an unquoted blank, and the offset of its end."""
+        line, here = self.line, start
         value: list[str] = []
-        quote = ""
+        quoted = False  # between double quotes
         while here < len(line):
             character = line[here]
-            if character == "'" and quote != '"':
+            if character == "'" and not quoted:
                 end = line.find("'", here + 1)
                 if end < 0:
                     raise self.failure(f"the quote in {name} is not closed")
                 value.append(line[here + 1 : end])
                 here = end
             elif character == '"':
-                quote = "" if quote else '"'
+                quoted = not quoted
             elif character == "\\":
-                if here + 1 == len(line):
-                    raise self.failure(f"{name} goes on in the next line")
                 here += 1
-                # Between double quotes a backslash is one unless it hides one of these (POSIX 2.2.3).
-                value.append(line[here] if not quote or line[here] in '$`"\\' else "\\" + line[here])
-            elif character in "$`" or (not quote and character in ";&|<>()"):
+                hidden = line[here : here + 1]
+                if not hidden:
+                    raise self.failure(f"{name} goes on in the next line")
+                # Between double quotes a backslash hides only these, else it is one (POSIX, Shell 2.2.3).
+                value.append(hidden if not quoted or hidden in '$`"\\' else "\\" + hidden)
+            elif character in "$`" or (character in ";&|<>()~" and not quoted):
                 raise self.failure(f"{name} contains {character!r}, which only a shell can understand")
-            elif character < " " and character != "\t":
-                raise self.failure(f"{name} contains the control character U+{ord(character):04X}")
-            elif not quote and character in " \t":
+            elif character in _BLANKS and not quoted:
                 break
             else:
                 value.append(character)
             here += 1
-        if quote:
+        if quoted:
             raise self.failure(f"the quote in {name} is not closed")
-        return "".join(value), here
+        word = "".join(value)
+        if control := _CONTROL.search(word):
+            raise self.failure(f"{name} contains the control character {control[0]!r}")
+        return word, here

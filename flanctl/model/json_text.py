@@ -4,14 +4,14 @@ The standard library's parser tells neither where a value stands nor how a numbe
 the last of two equal keys without a word. A config error must name line and column, and a lease we rewrite must
 keep the bytes flannel wrote; so this small scanner reads both.
 
-    at, value = parse(b'{"VNI": 1}', name="net.json")
+    text, at, value = parse(b'{"VNI": 1}', name="net.json")
     write(plain(value), short_escapes=True)          # '{"VNI":1}'
 """
 
 from __future__ import annotations
 
 import re
-from math import isinf
+from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from flanctl.errors import Invalid
@@ -28,9 +28,8 @@ MAX_DEPTH = 64
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_HEX4 = re.compile(r"[0-9a-fA-F]{4}")
+_HEX = frozenset("0123456789abcdefABCDEF")
 _WORD = re.compile(r"[A-Za-z]+")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _LITERALS = {"true": True, "false": False, "null": None}
 
@@ -96,12 +95,34 @@ def fold(name: str) -> str:
     return name.casefold()
 
 
-def decode(text: bytes | str, *, name: str, error: type[JsonError] = JsonError) -> str:
-    """Text of at most MAX_BYTES without a byte order mark. Raises `error`."""
+def parse(text: bytes | str, *, name: str, error: type[JsonError] = JsonError) -> tuple[str, int, object]:
+    """Read one JSON value: the decoded text, the offset in it of the value, the value. Raises `error`.
+
+    Objects come as `Object`, lists as `list`. `name` is what the text is called in errors.
+    """
+    decoded = _decode(text, name, error)
+    scanner = _Scanner(decoded, name, error)
+    at = scanner.skip(0)
+    if at == len(decoded):
+        raise scanner.failure(at, "the text is empty, a JSON object is expected")
+    value, end = scanner.value(at, 0)
+    end = scanner.skip(end)
+    if end != len(decoded):
+        raise scanner.failure(end, f"unexpected {_show(decoded, end)} after the end of the JSON value")
+    return decoded, at, value
+
+
+def _decode(text: bytes | str, name: str, error: type[JsonError]) -> str:
+    """UTF-8 of at most MAX_BYTES without a byte order mark. Raises `error`."""
     if len(text) > MAX_BYTES:
-        raise error(name, "", 0, f"{len(text)} bytes are too many, the limit is {MAX_BYTES}")
+        raise error(name, "", 0, f"the text has {len(text)} bytes, at most {MAX_BYTES} are read")
     if isinstance(text, str):
         decoded = text
+        try:
+            text.encode()
+        except UnicodeEncodeError as reason:
+            what = f"U+{ord(text[reason.start]):04X} is half of a surrogate pair, not a character"
+            raise error(name, text, reason.start, what) from None
     elif text[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise error(name, "", 0, "the text is UTF-16, UTF-8 is needed")
     else:
@@ -112,29 +133,9 @@ def decode(text: bytes | str, *, name: str, error: type[JsonError] = JsonError) 
             what = f"byte 0x{text[reason.start]:02x} is not UTF-8"
             raise error(name, before, len(before), what) from None
     if decoded.startswith("\ufeff"):
-        raise error(
-            name,
-            decoded,
-            0,
-            "the text starts with a byte order mark, which flannel refuses",
-            hint="save it without",
-        )
+        what = "the text starts with a byte order mark, which flannel refuses"
+        raise error(name, decoded, 0, what, hint="save it without")
     return decoded
-
-
-def parse(text: str, *, name: str, error: type[JsonError] = JsonError) -> tuple[int, object]:
-    """Read one JSON value; its offset and what it is. Objects are `Object`, lists `list`. Raises `error`."""
-    scanner = _Scanner(text, name, error)
-    at = scanner.skip(0)
-    if at == len(text):
-        raise scanner.failure(
-            at, "the text is empty, a JSON object is expected" if not text.strip() else "unexpected end"
-        )
-    value, end = scanner.value(at, 0)
-    end = scanner.skip(end)
-    if end != len(text):
-        raise scanner.failure(end, f"unexpected {_show(text, end)} after the end of the JSON value")
-    return at, value
 
 
 def plain(value: object) -> object:
@@ -144,6 +145,11 @@ def plain(value: object) -> object:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return value
+
+
+def show(text: str) -> str:
+    """Foreign text for an error: in quotes, not too long, nothing in it that moves a terminal's cursor."""
+    return f'"{repr(_short(text))[1:-1]}"'
 
 
 def describe(value: object) -> str:
@@ -157,8 +163,8 @@ def describe(value: object) -> str:
     if isinstance(value, int):
         return f"the number {_short(str(value))}"
     if isinstance(value, str):
-        return f"the string {_short(quote(value, short_escapes=True))}"
-    return "an object" if isinstance(value, Object | dict) else "a list"
+        return f"the string {show(value)}"
+    return "an object" if isinstance(value, Object) else "a list"
 
 
 def write(value: object, *, short_escapes: bool) -> str:
@@ -175,7 +181,7 @@ def write(value: object, *, short_escapes: bool) -> str:
         return value.token if isinstance(value, Escaped) else quote(value, short_escapes=short_escapes)
     if isinstance(value, Number):
         return value.text
-    if isinstance(value, int | float):
+    if isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
         return repr(value)
     if isinstance(value, dict):
         pairs: Iterable[str] = (
@@ -185,15 +191,15 @@ def write(value: object, *, short_escapes: bool) -> str:
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(write(item, short_escapes=short_escapes) for item in value) + "]"
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    raise TypeError(f"{value!r} has no JSON form")
 
 
 def quote(text: str, *, short_escapes: bool) -> str:
     """A JSON string as Go writes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = _SURROGATE.sub("\ufffd", text)
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace"
+        )  # as Go: half a pair is U+FFFD
     return '"' + text.translate(_SHORT if short_escapes else _LONG) + '"'
 
 
@@ -210,7 +216,7 @@ def _show(text: str, at: int) -> str:
     if at >= len(text):
         return "end of text"
     word = _WORD.match(text, at)
-    return ascii(_short(word[0] if word else text[at]))
+    return show(word[0] if word else text[at])
 
 
 class _Scanner:
@@ -258,7 +264,7 @@ class _Scanner:
         if match[1] is None and match[2] is None and written != "-0" and len(written) <= 300:
             return int(written), match.end()
         number = Number(written)
-        if isinf(number):
+        if not isfinite(number):
             raise self.failure(at, f"the number {_short(written)} is too large")
         return number, match.end()
 
@@ -294,7 +300,7 @@ class _Scanner:
         if kind in _ESCAPES:
             return _ESCAPES[kind], at + 2
         if kind != "u":
-            raise self.failure(at, f"{self.text[at : at + 2]!a} is not a JSON escape")
+            raise self.failure(at, f"{show(self.text[at : at + 2])} is not a JSON escape")
         code = self.hex4(at)
         if 0xD800 <= code < 0xDC00 and self.text[at + 6 : at + 8] == "\\u":
             low = self.hex4(at + 6)
@@ -305,10 +311,10 @@ class _Scanner:
         return chr(code), at + 6
 
     def hex4(self, at: int) -> int:
-        digits = _HEX4.match(self.text, at + 2)
-        if digits is None:
+        digits = self.text[at + 2 : at + 6]
+        if len(digits) < 4 or not _HEX.issuperset(digits):
             raise self.failure(at, "\\u needs four hexadecimal digits")
-        return int(digits[0], 16)
+        return int(digits, 16)
 
     def deeper(self, at: int, depth: int) -> int:
         if depth >= MAX_DEPTH:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flanctl.errors import Invalid
 from flanctl.model import json_text
 from flanctl.model.dialect import Dialect
-from flanctl.model.json_text import Escaped, Object, describe, fold
+from flanctl.model.json_text import Escaped, JsonError, Object, describe, fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +23,12 @@ _FIELDS = {
     fold(name): name for name in ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
 }
 _NOBODY = IPv4Address(0)
+
+
+class _NotJsonError(JsonError):
+    """A lease value is not even JSON."""
+
+    default_id = "bad-value"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,7 @@ class LeaseAttributes:
         Like Go: keys in any case, of two equal ones the last, null is absent. Unlike flannel, a value that names no
         host at all (`{}` reads as 0.0.0.0 there) is refused.
         """
-        text = json_text.decode(value, name=_NAME)
-        _, document = json_text.parse(text, name=_NAME)
+        _, _, document = json_text.parse(value, name=_NAME, error=_NotJsonError)
         if not isinstance(document, Object):
             raise Invalid(f"{_NAME} is {describe(document)}, not an object", id="bad-value")
         known: dict[str, object] = {}

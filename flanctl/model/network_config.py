@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flanctl.model import json_text
 from flanctl.model.dialect import Dialect
-from flanctl.model.json_text import Escaped, JsonError, Member, Number, Object, describe, fold
+from flanctl.model.json_text import Escaped, JsonError, Member, Object, describe, fold, show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 DEFAULT_UDP_PORT = 8285
+
+_LONGEST = 30
+"""A /31 subnet has no room for a container beside its gateway; flannel 0.7 allows it (and /64 too)."""
 
 
 class ConfigError(JsonError):
@@ -31,7 +34,7 @@ class ConfigError(JsonError):
 
 
 class _Int(NamedTuple):
-    default: int
+    default: int | None
     low: int
     high: int
 
@@ -48,7 +51,7 @@ class _Text(NamedTuple):
 
 _Option = _Int | _Bool | _Text
 _PORT = _Int(0, 0, 65535)
-_MTU = _Int(0, 68, 65535)  # default 0: the external interface's
+_MTU = _Int(None, 68, 65535)  # the external interface's unless given
 _BOOL = _Bool(default=False)
 _TEXT = _Text("")
 
@@ -116,7 +119,7 @@ _KEYS = {
         )
     },
 }
-_ODD_PLACES = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
+_ODD_PLACES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +140,16 @@ class NetworkConfig:
     @classmethod
     def parse(cls, text: bytes | str, dialect: Dialect, *, name: str = "config") -> NetworkConfig:
         """Read a config; `name` is the file or key for error texts. Raises ConfigError."""
-        decoded = json_text.decode(text, name=name, error=ConfigError)
-        at, value = json_text.parse(decoded, name=name, error=ConfigError)
+        decoded, at, value = json_text.parse(text, name=name, error=ConfigError)
         return _Reader(decoded, dialect, name).config(at, value)
 
     def effective(self) -> dict[str, object]:
         """The config as flannel understands it: its field names, its order, every default filled in."""
-        options = {key: option.default for key, option in _options(self.backend_type, self.dialect).items()}
+        options = {
+            key: option.default
+            for key, option in _options(self.backend_type, self.dialect).items()
+            if option.default is not None
+        }
         return {
             "Network": str(self.network),
             "SubnetLen": self.subnet_len,
@@ -236,7 +242,7 @@ def _options(backend_type: str, dialect: Dialect) -> dict[str, _Option]:
 
 
 class _Reader:
-    """Turns the JSON text of one config into a NetworkConfig, or raises where it stands."""
+    """Turns the JSON text of one config into a NetworkConfig, or says where and why not."""
 
     def __init__(self, text: str, dialect: Dialect, name: str) -> None:
         self.text = text
@@ -244,18 +250,28 @@ class _Reader:
         self.name = name
         self.warnings: list[str] = []
 
-    def error(self, at: int, key: str | None, what: str, hint: str | None = None) -> ConfigError:
-        return ConfigError(self.name, self.text, at, what, field=key, hint=hint)
+    def wrong(self, at: int, key: str, what: str, *, hint: str | None = None) -> ConfigError:
+        """The error that `key`, whose value stands at `at`, is wrong; `what` goes on from the key's name."""
+        return ConfigError(self.name, self.text, at, f"{key} {what}", field=key, hint=hint)
 
-    def config(self, at: int, value: object) -> NetworkConfig:
-        if not isinstance(value, Object):
-            raise self.error(at, None, f"a config is a JSON object, not {describe(value)}")
-        given = self.members(value, _KEYS[self.dialect], None)
-        self.families(given)
+    def where(self, at: int) -> str:
+        line, column = json_text.position(self.text, at)
+        return f"line {line}, column {column}"
+
+    def warn(self, at: int, what: str) -> None:
+        self.warnings.append(f"{self.name} {self.where(at)}: {what}")
+
+    def config(self, at: int, document: object) -> NetworkConfig:
+        if not isinstance(document, Object):
+            what = f"a config is a JSON object, not {describe(document)}"
+            raise ConfigError(self.name, self.text, at, what)
+        given, unknown = self.sort_out(document, _KEYS[self.dialect], section="")
+        self.other_families(given)
         network = self.network(at, given.get("Network"))
-        subnet_len = self.subnet_len(network, given)
+        subnet_len = self.subnet_len(network, given.get("SubnetLen"), given["Network"].at)
         subnet_min, subnet_max = self.bounds(network, subnet_len, given)
         backend_type, options = self.backend(given.get("Backend"))
+        self.warn_of_unknown(unknown)
         return NetworkConfig(
             network=network,
             subnet_len=subnet_len,
@@ -267,255 +283,264 @@ class _Reader:
             warnings=tuple(self.warnings),
         )
 
-    def members(self, value: Object, known: Mapping[str, str], section: str | None) -> dict[str, Member]:
-        """The members flannel knows, by its spelling. A key twice is refused: flannel would take the last."""
-        seen: dict[str, Member] = {}
-        given: dict[str, Member] = {}
-        for member in value:
-            folded = fold(member.name)
-            key = known.get(folded, member.name)
-            shown = f"{section}.{key}" if section else key
-            if folded in seen:
-                line, column = json_text.position(self.text, seen[folded].name_at)
-                raise self.error(
-                    member.name_at, shown, f"{shown} is given twice, first at line {line}, column {column}"
-                )
-            seen[folded] = member
-            if section or folded in known:
-                given[key] = member
-            else:
-                line, column = json_text.position(self.text, member.name_at)
-                self.warnings.append(
-                    f"{self.name} line {line}, column {column}: flannel {self.dialect} does not know "
-                    f"{describe(member.name).removeprefix('the string ')} and ignores it"
-                )
-        return given
+    def sort_out(
+        self, section_members: Object, spelling: Mapping[str, str], *, section: str
+    ) -> tuple[dict[str, Member], list[Member]]:
+        """The members whose key is known, under flannel's spelling, and the others.
 
-    def families(self, given: Mapping[str, Member]) -> None:
-        """EnableIPv4, EnableIPv6, EnableNFTables and the IPv6 keys, as far as flannel 0.28 looks at them."""
-        ipv4, ipv6, nft = (
-            self.flag(given.get(key), key) for key in ("EnableIPv4", "EnableIPv6", "EnableNFTables")
-        )
-        if ipv4 is False:
-            raise self.error(
-                given["EnableIPv4"].at, "EnableIPv4", "a network without IPv4 is not supported yet"
-            )
-        if ipv6:
-            raise self.error(given["EnableIPv6"].at, "EnableIPv6", "IPv6 is not supported yet")
-        if nft:
-            self.warnings.append(f"{self.name}: EnableNFTables is ignored, rules are written with iptables")
+        A key that comes twice is refused: flannel takes the last without a word, and people see the first.
+        """
+        given: dict[str, Member] = {}
+        unknown: list[Member] = []
+        first: dict[str, Member] = {}
+        for member in section_members:
+            folded = fold(member.name)
+            if folded in first:
+                key = section + spelling.get(folded, show(member.name))
+                raise self.wrong(
+                    member.name_at, key, f"is given twice, first at {self.where(first[folded].name_at)}"
+                )
+            first[folded] = member
+            if folded in spelling:
+                given[spelling[folded]] = member
+            else:
+                unknown.append(member)
+        return given, unknown
+
+    def warn_of_unknown(self, members: Sequence[Member]) -> None:
+        for member in members[:10]:
+            ignored = f"flannel {self.dialect} does not know {show(member.name)} and ignores it"
+            close = _closest(member.name, _KEYS[self.dialect])
+            self.warn(member.name_at, f"{ignored}; is {close} meant?" if close else ignored)
+        if len(members) > 10:
+            self.warn(members[10].name_at, f"{len(members) - 10} more keys are not known")
+
+    def other_families(self, given: Mapping[str, Member]) -> None:
+        """The IPv6 keys and EnableNFTables: checked as far as flannel does, refused where they ask for IPv6."""
+        for key in ("EnableIPv4", "EnableIPv6", "EnableNFTables"):
+            if (member := given.get(key)) is None:
+                continue
+            enabled = self.flag(key, member)
+            if key == "EnableIPv4" and enabled is False:
+                raise self.wrong(member.at, key, "is false, but a network without IPv4 is not supported yet")
+            if key == "EnableIPv6" and enabled:
+                raise self.wrong(member.at, key, "is true, but IPv6 is not supported yet")
+            if key == "EnableNFTables" and enabled:
+                self.warn(member.name_at, f"{key} is ignored, rules are written with iptables")
         for key in ("IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"):
-            member = given.get(key)
-            if member is None:
+            if (member := given.get(key)) is None:
                 continue
             if key == "IPv6SubnetLen":
-                self.unsigned(member, key)
-            elif member.value is not None or key == "IPv6Network":
-                self.ipv6(member, key)
-            self.warnings.append(f"{self.name}: {key} is ignored without EnableIPv6")
+                self.unsigned(key, member)
+            elif member.value is not None or key == "IPv6Network":  # Go: null unsets a pointer, not a struct
+                self.ipv6(key, member)
+            self.warn(member.name_at, f"{key} is ignored without EnableIPv6")
 
-    def flag(self, member: Member | None, key: str) -> bool | None:
-        if member is None or member.value is None:
-            return None
-        if not isinstance(member.value, bool):
-            raise self.error(member.at, key, f"{key} must be true or false, not {describe(member.value)}")
-        return member.value
+    def flag(self, key: str, member: Member) -> bool | None:
+        """true or false; None for null, which leaves the default."""
+        if member.value is None or isinstance(member.value, bool):
+            return member.value
+        raise self.wrong(member.at, key, f"must be true or false, not {describe(member.value)}")
 
-    def unsigned(self, member: Member | None, key: str) -> int:
-        """An unsigned integer; absent, null and 0 are all 0, which means default (Go's zero value)."""
-        if member is None or member.value is None:
-            return 0
+    def integer(self, key: str, member: Member) -> int | None:
+        """A whole number; None for null. Like Go we take no 24.0 and no 2e1."""
         value = member.value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(member.at, key, f"{key} must be a whole number, not {describe(value)}")
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise self.wrong(member.at, key, f"must be a whole number, not {describe(value)}")
+
+    def unsigned(self, key: str, member: Member | None) -> int:
+        """A whole number from 0; absent and null are 0 too, and 0 means default (Go's zero value)."""
+        value = 0 if member is None else self.integer(key, member) or 0
+        if member is not None and value < 0:
+            raise self.wrong(member.at, key, f"must not be negative, it is {value}")
         return value
 
-    def address_text(self, member: Member, key: str, example: str) -> str:
+    def address_text(self, key: str, member: Member, example: str) -> str:
         value = member.value
         if not isinstance(value, str):
-            raise self.error(member.at, key, f'{key} must be text like "{example}", not {describe(value)}')
+            raise self.wrong(member.at, key, f'must be text like "{example}", not {describe(value)}')
         if isinstance(value, Escaped):
-            # flannel looks at the bytes between the quotes (ip.IP4.UnmarshalJSON trims them, nothing else).
-            raise self.error(
-                member.at, key, f"{key} is written with escapes, which flannel does not understand"
-            )
+            # flannel's UnmarshalJSON looks at the bytes between the quotes and knows no escapes.
+            raise self.wrong(member.at, key, "is written with escapes, which flannel does not understand")
         return value
 
-    def ipv6(self, member: Member, key: str) -> None:
-        text = self.address_text(member, key, "fc00::/48" if key == "IPv6Network" else "fc00::")
+    def ipv6(self, key: str, member: Member) -> None:
+        is_network = key == "IPv6Network"
+        text = self.address_text(key, member, "fc00::/48" if is_network else "fc00:0:0:1::")
         address, slash, length = text.partition("/")
-        try:
-            good = "%" not in address and IPv6Address(address) is not None
-        except AddressValueError:
-            good = False
-        if key == "IPv6Network":
-            good = good and slash == "/" and _is_length(length, 128)
-        else:
-            good = good and not slash
-        if not good:
-            raise self.error(
-                member.at, key, f"{key} {describe(text).removeprefix('the string ')} is not IPv6"
-            )
+        if _parse_ipv6(address) is None or (not _is_length(length, 128) if is_network else slash):
+            wanted = "network" if is_network else "address"
+            raise self.wrong(member.at, key, f"{show(text)} is not an IPv6 {wanted}")
 
     def network(self, at: int, member: Member | None) -> IPv4Network:
+        key = "Network"
         if member is None:
-            raise self.error(
-                at, "Network", "Network is missing", hint='{"Network": "172.17.0.0/16"} is enough'
-            )
-        text = self.address_text(member, "Network", "172.17.0.0/16")
-        shown = describe(text).removeprefix("the string ")
-        if ":" in text:
-            raise self.error(member.at, "Network", f"Network {shown} is IPv6, an IPv4 network is needed")
+            raise self.wrong(at, key, "is missing", hint='{"Network": "172.17.0.0/16"} is enough')
+        text = self.address_text(key, member, "172.17.0.0/16")
         address_text, slash, length = text.partition("/")
+        address = _parse_ipv4(address_text)
+        if address is None:
+            found = "is IPv6, an IPv4 network is needed" if ":" in text else "is not an IPv4 network"
+            raise self.wrong(member.at, key, f"{show(text)} {found}")
         if not slash:
-            raise self.error(
-                member.at, "Network", f"Network {shown} has no prefix length", hint=f'like "{text}/16"'
-            )
-        try:
-            address = IPv4Address(address_text)
-        except AddressValueError:
-            raise self.error(member.at, "Network", f"Network {shown} is not an IPv4 network") from None
+            raise self.wrong(member.at, key, f"{address} has no prefix length", hint=f'like "{address}/16"')
         if not _is_length(length, 32):
-            raise self.error(member.at, "Network", f"Network {shown} has no prefix length from 0 to 32")
+            raise self.wrong(member.at, key, f"{show(text)} has no prefix length from 0 to 32")
         network = IPv4Network((address, int(length)), strict=False)
         if network.prefixlen == 0:
-            raise self.error(member.at, "Network", f"Network {shown} is every address there is")
+            raise self.wrong(member.at, key, f"{text} is every address there is")
         if network.network_address != address:
-            self.warnings.append(f"{self.name}: Network {text} has host bits set, {network} is meant")
+            self.warn(member.at, f"Network {text} has host bits set, {network} is meant")
         for place in map(IPv4Network, _ODD_PLACES):
             if network.overlaps(place):
-                self.warnings.append(
-                    f"{self.name}: Network {network} overlaps {place}, which routers do not carry"
-                )
+                self.warn(member.at, f"Network {network} overlaps {place}, which is not routed")
         return network
 
-    def subnet_len(self, network: IPv4Network, given: Mapping[str, Member]) -> int:
-        prefix = network.prefixlen
-        key = "SubnetLen"
-        member = given.get(key)
-        length = self.unsigned(member, key)
-        strict = self.dialect.checks_config
+    def subnet_len(self, network: IPv4Network, member: Member | None, network_at: int) -> int:
+        key, prefix = "SubnetLen", network.prefixlen
+        length = self.unsigned(key, member)
         if member is None or not length:
             length = self.dialect.default_subnet_len(prefix)
-            if length > 30:
-                least = 28 if strict else 29
-                raise self.error(
-                    given["Network"].at, "Network", f"Network {network} is too small, /{least} is the least"
-                )
+            if length > _LONGEST:
+                least = 28 if self.dialect.checks_config else 29
+                raise self.wrong(network_at, "Network", f"{network} is too small, /{least} is the least")
             return length
-        if length > 30:
-            raise self.error(member.at, key, f"SubnetLen {length} must be below 31")
+        if length > _LONGEST:
+            raise self.wrong(member.at, key, f"{_brief(length)} must be below {_LONGEST + 1}")
         if length < prefix:
-            raise self.error(member.at, key, f"SubnetLen {length} is larger than Network {network}")
-        if strict and length < prefix + 2:
-            raise self.error(
-                member.at, key, f"SubnetLen {length} gives Network {network} fewer than four subnets"
-            )
+            raise self.wrong(member.at, key, f"{length} is larger than Network {network}")
+        if self.dialect.checks_config and length < prefix + 2:
+            raise self.wrong(member.at, key, f"{length} gives Network {network} fewer than four subnets")
         return length
 
     def bounds(
         self, network: IPv4Network, length: int, given: Mapping[str, Member]
     ) -> tuple[IPv4Address, IPv4Address]:
         size = 1 << (32 - length)
-        first = self.bound("SubnetMin", network, length, given.get("SubnetMin"))
-        last = self.bound("SubnetMax", network, length, given.get("SubnetMax"))
+        low = self.bound("SubnetMin", network, size, given.get("SubnetMin"))
+        high = self.bound("SubnetMax", network, size, given.get("SubnetMax"))
         # The first subnet is left out unless asked for: its address is the network's own (flannel.md 2.1).
-        subnet_min = network.network_address + size if first is None else first
-        subnet_max = network.broadcast_address + 1 - size if last is None else last
-        if subnet_min > subnet_max:
-            member = (
-                given.get("SubnetMin") or given.get("SubnetMax") or given.get("SubnetLen") or given["Network"]
-            )
-            key = json_text.fold(member.name)
-            raise self.error(
-                member.at,
-                _KEYS[self.dialect][key],
-                f"no subnet is left, SubnetMin {subnet_min} is above SubnetMax {subnet_max}",
-            )
-        return subnet_min, subnet_max
+        first = int(network.network_address) + size if low is None else low
+        last = int(network.broadcast_address) + 1 - size if high is None else high
+        if low is None and length == network.prefixlen:  # only 0.7 lets it come this far
+            what = f"{length} leaves no subnet in {network}, since the first is left out"
+            hint = f"SubnetMin {network.network_address} takes the first too"
+            raise self.wrong(given["SubnetLen"].at, "SubnetLen", what, hint=hint)
+        if first > last:
+            what = f"{IPv4Address(last)} is below SubnetMin {IPv4Address(first)}"
+            raise self.wrong(given["SubnetMax"].at, "SubnetMax", what)
+        return IPv4Address(first), IPv4Address(last)
 
-    def bound(self, key: str, network: IPv4Network, length: int, member: Member | None) -> IPv4Address | None:
+    def bound(self, key: str, network: IPv4Network, size: int, member: Member | None) -> int | None:
         """SubnetMin or SubnetMax as given; None if absent or 0.0.0.0, which is flannel's "unset"."""
         if member is None:
             return None
-        text = self.address_text(member, key, "172.17.10.0")
-        try:
-            address = IPv4Address(text)
-        except AddressValueError:
-            shown = describe(text).removeprefix("the string ")
-            raise self.error(member.at, key, f"{key} {shown} is not an IPv4 address") from None
+        text = self.address_text(key, member, "172.17.10.0")
+        address = _parse_ipv4(text)
+        if address is None:
+            raise self.wrong(member.at, key, f"{show(text)} is not an IPv4 address")
         if not int(address):
             return None
         if address not in network:
-            raise self.error(member.at, key, f"{key} {address} is outside Network {network}")
-        if int(address) % (1 << (32 - length)):
-            raise self.error(member.at, key, f"{key} {address} is not on a boundary of /{length} subnets")
-        return address
+            raise self.wrong(member.at, key, f"{address} is outside Network {network}")
+        if int(address) % size:
+            length = 32 - (size - 1).bit_length()
+            raise self.wrong(member.at, key, f"{address} is not on a boundary of /{length} subnets")
+        return int(address)
 
     def backend(self, member: Member | None) -> tuple[str, dict[str, object]]:
+        """Type, lower-cased, and the options that are given, under flannel's spelling."""
         if member is None:
             return "udp", {}
-        known_types = _KNOWN_BACKENDS[self.dialect]
-        hint = "one of " + ", ".join(known_types)
-        section = Object() if member.value is None else member.value
+        section = Object() if member.value is None else member.value  # Go: null is an object without keys
         if not isinstance(section, Object):
-            what = f'Backend must be an object like {{"Type": "udp"}}, not {describe(section)}'
-            raise self.error(member.at, "Backend", what)
-        type_member = next((m for m in section if fold(m.name) == "type"), None)
-        type_value = None if type_member is None else type_member.value
-        if type_member is None or type_value is None or type_value == "":
-            at = member.at if type_member is None else type_member.at
-            raise self.error(at, "Backend.Type", "Backend.Type is missing", hint=hint)
-        if not isinstance(type_value, str):
-            what = f"Backend.Type must be text, not {describe(type_value)}"
-            raise self.error(type_member.at, "Backend.Type", what, hint=hint)
-        backend_type = type_value.lower()
-        if backend_type not in known_types:
-            shown = describe(type_value).removeprefix("the string ")
-            what = f"Backend.Type {shown} is not a backend of flannel {self.dialect}"
-            raise self.error(type_member.at, "Backend.Type", what, hint=hint)
+            what = f'must be an object like {{"Type": "udp"}}, not {describe(section)}'
+            raise self.wrong(member.at, "Backend", what)
+        backend_type = self.backend_type(member, section)
         options = _options(backend_type, self.dialect)
-        known = {"type": "Type"} | {fold(key): key for key in options}
-        values: dict[str, object] = {}
-        for key, option_member in self.members(section, known, "Backend").items():
-            if key == "Type":
+        spelling = {fold(key): key for key in ("Type", *options)}
+        given, unknown = self.sort_out(section, spelling, section="Backend.")
+        for other in unknown:
+            if (backend_type, other.name) in _NEVER_READ:
+                self.warn(other.name_at, f"Backend.{other.name} is never read by flannel")
                 continue
-            shown = f"Backend.{key}"
-            if (backend_type, key) in _NEVER_READ:
-                self.warnings.append(f"{self.name}: {shown} is never read by flannel")
-            elif key not in options:
-                what = f"{shown} is not an option of {backend_type}"
-                hint = "its options: " + ", ".join(options) if options else f"{backend_type} has no options"
-                raise self.error(option_member.name_at, shown, what, hint=hint)
-            elif option_member.value is not None:
-                values[key] = self.option(option_member, options[key], shown)
+            what = f"is not an option of {backend_type}"
+            hint = f"its options: {', '.join(options)}" if options else "it has none"
+            raise self.wrong(other.name_at, f"Backend.{show(other.name)[1:-1]}", what, hint=hint)
+        values = {
+            key: self.option(f"Backend.{key}", option, given[key])
+            for key, option in options.items()
+            if key in given and given[key].value is not None
+        }
         for key, option in options.items():
             if isinstance(option, _Text) and option.min_len and key not in values:
-                raise self.error(member.at, f"Backend.{key}", f"Backend.{key} is missing")
+                raise self.wrong(member.at, f"Backend.{key}", "is missing")
         return backend_type, values
 
-    def option(self, member: Member, option: _Option, shown: str) -> object:
-        value = member.value
+    def backend_type(self, member: Member, section: Object) -> str:
+        key = "Backend.Type"
+        known = _KNOWN_BACKENDS[self.dialect]
+        hint = "one of " + ", ".join(known)
+        found = next((inner for inner in section if fold(inner.name) == "type"), None)
+        if found is None or found.value is None or found.value == "":
+            raise self.wrong(member.at if found is None else found.at, key, "is missing", hint=hint)
+        if not isinstance(found.value, str):
+            raise self.wrong(found.at, key, f"must be text, not {describe(found.value)}", hint=hint)
+        backend_type = found.value.lower()
+        if backend_type not in known:
+            what = f"{show(found.value)} is not a backend of flannel {self.dialect}"
+            raise self.wrong(found.at, key, what, hint=hint)
+        return backend_type
+
+    def option(self, key: str, option: _Option, member: Member) -> object:
         if isinstance(option, _Bool):
-            return self.flag(member, shown)
+            return self.flag(key, member)
         if isinstance(option, _Int):
-            if isinstance(value, bool | Number) or not isinstance(value, int):
-                raise self.error(member.at, shown, f"{shown} must be a whole number, not {describe(value)}")
+            value = self.integer(key, member) or 0
             if not option.low <= value <= option.high:
-                what = f"{shown} {describe(value).removeprefix('the number ')} is not in {option.low}..{option.high}"
-                raise self.error(member.at, shown, what)
+                what = f"{_brief(value)} is not in {option.low}..{option.high}"
+                raise self.wrong(member.at, key, what)
             return value
-        if not isinstance(value, str):
-            raise self.error(member.at, shown, f"{shown} must be text, not {describe(value)}")
-        if "\0" in value:
-            raise self.error(member.at, shown, f"{shown} contains a NUL character")
-        if len(value) < option.min_len:
-            what = f"{shown} has {len(value)} characters, at least {option.min_len} are needed"
-            raise self.error(member.at, shown, what)
-        if option.one_of and value not in option.one_of:
-            what = f"{shown} must be one of {', '.join(option.one_of)}, not {describe(value)}"
-            raise self.error(member.at, shown, what)
-        return str(value)
+        text = member.value
+        if not isinstance(text, str):
+            raise self.wrong(member.at, key, f"must be text, not {describe(text)}")
+        if "\0" in text:
+            raise self.wrong(member.at, key, "contains a NUL character")
+        if len(text) < option.min_len:
+            what = f"has {len(text)} characters, at least {option.min_len} are needed"
+            raise self.wrong(member.at, key, what)
+        if option.one_of and text not in option.one_of:
+            what = f"{show(text)} must be one of {', '.join(option.one_of)}"
+            raise self.wrong(member.at, key, what)
+        return str(text)  # without the escapes it was written with
+
+
+def _brief(number: int) -> str:
+    return describe(number).removeprefix("the number ")
+
+
+def _closest(name: str, spelling: Mapping[str, str]) -> str | None:
+    if len(name) > 40:
+        return None
+    import difflib
+
+    close = difflib.get_close_matches(fold(name), spelling, n=1, cutoff=0.75)
+    return spelling[close[0]] if close else None
+
+
+def _parse_ipv4(text: str) -> IPv4Address | None:
+    try:
+        return IPv4Address(text)
+    except AddressValueError:
+        return None
+
+
+def _parse_ipv6(text: str) -> IPv6Address | None:
+    try:
+        return None if "%" in text else IPv6Address(text)
+    except AddressValueError:
+        return None
 
 
 def _is_length(text: str, most: int) -> bool:

@@ -61,57 +61,67 @@ def peers_of(
     """
     peers: dict[IPv4Network, Peer] = {}
     problems: list[Problem] = []
-    others = [lease for lease in _ordered(leases) if lease.subnet != own]
-    for lease in others:
+    for lease in _ordered(leases):
         subnet, attributes = lease.subnet, lease.attributes
-        public_ip = attributes.public_ip
+        if subnet == own:
+            continue
+        left_out = _reason_to_leave_out(
+            lease, own=own, own_ip=own_ip, config=config, backend_type=backend_type
+        )
+        if left_out is None and subnet in peers:
+            left_out = "overlap", f"key {lease.key} names a subnet that another key names too"
+        if left_out is None:
+            peers[subnet] = Peer(
+                subnet, attributes.public_ip, attributes.backend_type, attributes.backend_data
+            )
+        elif own is not None or left_out[0] != "duplicate-ip":
+            problems.append(Problem(left_out[0], subnet, f"no route to {subnet}: {left_out[1]}"))
 
-        def problem(id_: str, message: str, subnet: IPv4Network = subnet) -> None:
-            problems.append(Problem(id_, subnet, f"{subnet} {message}"))
+    routed = sorted(peers)
+    overlapping = _overlapping(routed if own is None else [own, *routed])
+    hosts = Counter(peer.public_ip for peer in peers.values())
+    for subnet in routed:
+        if subnet in overlapping:
+            message = f"{subnet} overlaps {overlapping[subnet]}: the longer prefix wins"
+            problems.append(Problem("overlap", subnet, message))
+        if hosts[peers[subnet].public_ip] > 1:
+            message = f"{subnet} is not the only subnet of {peers[subnet].public_ip}"
+            problems.append(Problem("duplicate-ip", subnet, message))
+    return tuple(peers[subnet] for subnet in routed), tuple(problems)
 
-        if not subnet.subnet_of(config.network):
-            problem("outside-network", f"is outside Network {config.network}, no route")
-        elif public_ip == own_ip:
-            problem("duplicate-ip", f"carries our own public IP {own_ip}, no route")
-        elif _unreachable(public_ip):
-            problem("bad-public-ip", f"has the public IP {public_ip}, which no packet can reach")
-        elif backend_type not in ("udp", attributes.backend_type):
-            found = attributes.backend_type or "none"
-            problem("other-backend", f"has backend type {found}, not {backend_type}, no route")
-        elif own is not None and subnet.subnet_of(own):
-            problem("overlap", f"lies inside our own subnet {own}, no route")
-        elif subnet in peers:
-            problem("overlap", f"is also announced by the key {lease.key}, which is ignored")
-        else:
-            peers[subnet] = Peer(subnet, public_ip, attributes.backend_type, attributes.backend_data)
-    mine = () if own is None else (own,)
-    for subnet, other in _overlaps([*mine, *peers]):
-        if subnet in peers:
-            problems.append(Problem("overlap", subnet, f"{subnet} overlaps {other}, the longer prefix wins"))
-    problems += [
-        Problem("duplicate-ip", peer.subnet, f"{peer.subnet} shares public IP {peer.public_ip} with others")
-        for peer in _sharing_ip(peers.values())
-    ]
-    return tuple(peers[subnet] for subnet in sorted(peers)), tuple(problems)
+
+def _reason_to_leave_out(
+    lease: Lease, *, own: IPv4Network | None, own_ip: IPv4Address, config: NetworkConfig, backend_type: str
+) -> tuple[str, str] | None:
+    """Problem id and words, or None for a peer."""
+    public_ip, theirs = lease.attributes.public_ip, lease.attributes.backend_type
+    if not lease.subnet.subnet_of(config.network):
+        return "outside-network", f"it is outside Network {config.network}"
+    if public_ip == own_ip:
+        return "duplicate-ip", f"{own_ip} is this host"
+    if _unreachable(public_ip):
+        return "bad-public-ip", f"public IP {public_ip} is no host's"
+    if backend_type not in ("udp", theirs):
+        return "other-backend", f"its backend is {theirs or 'not named'}, ours is {backend_type}"
+    if own is not None and lease.subnet.subnet_of(own):
+        return "overlap", f"it lies inside our own {own}"
+    return None
 
 
 def lease_problems(leases: Iterable[Lease], config: NetworkConfig) -> Mapping[IPv4Network, tuple[str, ...]]:
     """The problem ids of each lease's subnet, in a fixed order; an empty tuple where all is well."""
     ordered = _ordered(leases)
-    addresses = Counter(lease.attributes.public_ip for lease in ordered)
-    overlapping = {subnet for pair in _overlaps([lease.subnet for lease in ordered]) for subnet in pair}
-    return {
-        lease.subnet: tuple(
-            id_
-            for id_, found in (
-                ("duplicate-ip", addresses[lease.attributes.public_ip] > 1),
-                ("overlap", lease.subnet in overlapping),
-                ("outside-network", not config.accepts(lease.subnet)),
-            )
-            if found
-        )
-        for lease in ordered
-    }
+    hosts = Counter(lease.attributes.public_ip for lease in ordered)
+    overlapping = _overlapping([lease.subnet for lease in ordered])
+    found: dict[IPv4Network, tuple[str, ...]] = {}
+    for lease in ordered:
+        problems = {
+            "duplicate-ip": hosts[lease.attributes.public_ip] > 1,
+            "overlap": lease.subnet in overlapping,
+            "outside-network": not config.accepts(lease.subnet),
+        }
+        found[lease.subnet] = tuple(id_ for id_, is_so in problems.items() if is_so)
+    return found
 
 
 def _ordered(leases: Iterable[Lease]) -> list[Lease]:
@@ -126,19 +136,19 @@ def _unreachable(address: IPv4Address) -> bool:
     return address.is_unspecified or address.is_loopback or address.is_multicast or int(address) == 0xFFFFFFFF
 
 
-def _sharing_ip(peers: Iterable[Peer]) -> list[Peer]:
-    peers = sorted(peers, key=lambda peer: peer.subnet)
-    count = Counter(peer.public_ip for peer in peers)
-    return [peer for peer in peers if count[peer.public_ip] > 1]
+def _overlapping(subnets: Sequence[IPv4Network]) -> dict[IPv4Network, IPv4Network]:
+    """Each subnet that shares addresses with another, and one such other.
 
-
-def _overlaps(subnets: Sequence[IPv4Network]) -> list[tuple[IPv4Network, IPv4Network]]:
-    """Pairs that share addresses, the inner one first. Networks nest or are apart, so a stack finds all."""
-    pairs: list[tuple[IPv4Network, IPv4Network]] = []
+    Networks nest or are apart, so those that are open around the next one fit on a stack: at most 32.
+    """
+    found: dict[IPv4Network, IPv4Network] = {}
     around: list[IPv4Network] = []
     for subnet in sorted(subnets):  # a network sorts before what lies inside it
         while around and around[-1].broadcast_address < subnet.network_address:
             around.pop()
-        pairs += [(subnet, outer) for outer in around]
+        for outer in around:
+            found.setdefault(outer, subnet)
+        if around:
+            found.setdefault(subnet, around[-1])
         around.append(subnet)
-    return pairs
+    return found
