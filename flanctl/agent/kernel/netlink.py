@@ -24,6 +24,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
@@ -225,12 +226,18 @@ class NetlinkKernel:
     # --- routes
 
     def routes(self, *, link: int | None = None, protocol: int | None = None) -> tuple[Route, ...]:
+        return self._routes(link=link, protocol=protocol)
+
+    def _routes(
+        self, *, link: int | None = None, protocol: int | None = None, length: int | None = None
+    ) -> tuple[Route, ...]:
+        """`length` of the prefix is looked at before a message is parsed: a router's table has many of the others."""
         request = rtmsg()
         request["family"], request["table"], request["type"] = socket.AF_INET, RT_TABLE_MAIN, RTN_UNICAST
         request["proto"] = protocol or 0
         request["attrs"] = [["RTA_TABLE", RT_TABLE_MAIN]] + ([["RTA_OIF", link]] if link else [])
         found = []
-        for message in self._dump(RTM_GETROUTE, request, "list the routes"):
+        for message in self._dump(RTM_GETROUTE, request, "list the routes", length):
             if (
                 message.get_attr("RTA_TABLE", message["table"]) != RT_TABLE_MAIN
                 or message["type"] != RTN_UNICAST
@@ -274,8 +281,7 @@ class NetlinkKernel:
         )
 
     def default_route(self) -> Route | None:
-        defaults = [route for route in self.routes() if route.destination.prefixlen == 0]
-        return min(defaults, key=lambda route: route.metric, default=None)
+        return min(self._routes(length=0), key=lambda route: route.metric, default=None)
 
     # --- one conversation
 
@@ -290,13 +296,17 @@ class NetlinkKernel:
             self._send(kind, NLM_F_ACK, request, what)
             return [_parse(answer) for answer in self._answers(what)]
 
-    def _dump(self, kind: int, request: nlmsg, what: str) -> list[nlmsg]:
+    def _dump(self, kind: int, request: nlmsg, what: str, length: int | None = None) -> list[nlmsg]:
         with self._lock:
             for _ in range(_DUMP_TRIES):
                 self._send(kind, NLM_F_DUMP, request, what)
                 answers = list(self._answers(what))
                 if not any(flags & NLM_F_DUMP_INTR for _, flags, _ in answers):
-                    return [_parse(answer) for answer in answers if answer[0] != NLMSG_DONE]
+                    return [
+                        _parse(answer)
+                        for answer in answers
+                        if answer[0] != NLMSG_DONE and length in {None, answer[2][_HEADER.size + 1]}
+                    ]
         raise FlanctlError(f"cannot {what}: it changed {_DUMP_TRIES} times while the kernel was answering")
 
     def _send(self, kind: int, flags: int, request: nlmsg, what: str) -> None:
@@ -378,8 +388,10 @@ class LinkMonitor:
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
         poller.register(self._stop, select.POLLIN)
+        deadline = None if seconds is None else time.monotonic() + seconds
         while not self.stopped:
-            if not poller.poll(None if seconds is None else seconds * 1000):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not poller.poll(left):
                 return ()
             events: dict[LinkEvent, None] = {}
             try:

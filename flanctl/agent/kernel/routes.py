@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flanctl.agent.kernel.model import ROUTE_PROTOCOL, Link, Route, RouteReport
-from flanctl.errors import FlanctlError
+from flanctl.errors import Conflict, FlanctlError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from ipaddress import IPv4Network
 
     from flanctl.agent.kernel.door import Kernel
@@ -41,13 +41,12 @@ class Routes:
         Raises FlanctlError only when the kernel would not list its routes.
         """
         desired = {(route.destination, route.metric): route for route in wanted}
-        existing = self._kernel.routes()
         ours = {
-            (route.destination, route.metric): route for route in existing if route.protocol == self._protocol
+            (route.destination, route.metric): route for route in self._kernel.routes(protocol=self._protocol)
         }
-        theirs = {
-            (route.destination, route.metric): route for route in existing if route.protocol != self._protocol
-        }
+        if desired == ours:
+            return RouteReport()
+        names = {link.index: link.name for link in self._kernel.links()}
         repaired, failed = [], []
         for key, route in desired.items():
             found = ours.get(key)
@@ -56,14 +55,16 @@ class Routes:
             try:
                 if found is not None:
                     self._kernel.replace_route(route)
-                    repaired.append(f"route {self._words(found)} became {self._words(route)}")
-                elif key in theirs:
-                    failed.append(
-                        f"route {self._words(route)}: there is {self._words(theirs[key])} by somebody else"
-                    )
+                    repaired.append(f"route {_words(found, names)} became {_words(route, names)}")
                 else:
                     self._kernel.add_route(route)
-                    repaired.append(f"route {self._words(route)} was missing, added")
+                    repaired.append(f"route {_words(route, names)} was missing, added")
+            except Conflict:
+                theirs = [
+                    other for other in self._kernel.routes() if (other.destination, other.metric) == key
+                ]
+                there = " and ".join(_words(other, names) for other in theirs) or "another one"
+                failed.append(f"route {_words(route, names)}: there is {there} by somebody else")
             except FlanctlError as error:
                 failed.append(str(error))
         for key, route in ours.items():
@@ -71,12 +72,12 @@ class Routes:
                 continue
             try:
                 self._kernel.delete_route(route)
-                repaired.append(f"route {self._words(route)} is not wanted, deleted")
+                repaired.append(f"route {_words(route, names)} is not wanted, deleted")
             except FlanctlError as error:
                 failed.append(str(error))
         return RouteReport(tuple(repaired), tuple(failed))
 
-    def _words(self, route: Route) -> str:
-        name = next((link.name for link in self._kernel.links() if link.index == route.link), str(route.link))
-        via = f" via {route.gateway}" if route.gateway else ""
-        return f"{route.destination}{via} dev {name}"
+
+def _words(route: Route, names: Mapping[int, str]) -> str:
+    via = f" via {route.gateway}" if route.gateway else ""
+    return f"{route.destination}{via} dev {names.get(route.link, route.link)}"
