@@ -85,6 +85,7 @@ subnets = _group(
         "agent": "flanctl.commands.agent:agent",
         "docker-opts": "flanctl.commands.docker_opts:docker_opts",
         "demo": "flanctl.commands.demo:demo",
+        "demo-transfer": "flanctl.commands.demo:transfer",
         "version": "flanctl.commands.version:version",
         "completion": "flanctl.commands.completion:completion",
     },
@@ -181,6 +182,9 @@ def _drop_stdout() -> None:
 
 def _usage(error: click.UsageError) -> int:
     path = error.ctx.command_path if error.ctx else "flanctl"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        _to_stderr(error.format_message() + "\n")
+        return 2
     _to_stderr(f"{path}: {error.format_message().rstrip('.')}\ntry: {path} --help\n")
     return 2
 

@@ -6,9 +6,11 @@ still while the machine sleeps and would let a lease lapse unseen; CLOCK_BOOTTIM
 
 from __future__ import annotations
 
-import threading
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import threading
 
 
 class Clock(Protocol):

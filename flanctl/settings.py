@@ -297,9 +297,9 @@ def resolve(
             sysconfig.setdefault(name, value)
     settings = Settings()
     for row in TABLE.values():
-        value = _first(row, flags, env, toml, sysconfig)
-        if value is not None:
-            settings.values[row.name] = value
+        found = _first(row, flags, env, toml, sysconfig)
+        if found is not None:
+            settings.values[row.name] = found
     return settings
 
 

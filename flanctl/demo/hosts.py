@@ -202,11 +202,11 @@ class Lab:
         self.hosts: list[Host] = []
         self.processes: list[subprocess.Popen[Any]] = []
         self._namespaces: dict[str, int] = {}
-        self._underlay = Namespace(self, "under")
+        self.underlay = Namespace(self, "under")
         self._gateway = network.network_address + 1
         try:
-            self.make_namespace(self._underlay)
-            self._underlay.ip_batch(
+            self.make_namespace(self.underlay)
+            self.underlay.ip_batch(
                 f"link add under0 mtu {mtu} type bridge",
                 f"addr add {self._gateway}/{network.prefixlen} dev under0",
                 "link set lo up",
@@ -239,7 +239,7 @@ class Lab:
         self.make_namespace(host)
         port = f"port{number}"
         mtu = mtu or self.mtu
-        self._underlay.ip_batch(
+        self.underlay.ip_batch(
             f"link add {port} mtu {self.mtu} type veth peer name eth0 mtu {mtu} netns {host.namespace}",
             f"link set {port} master under0 up",
         )

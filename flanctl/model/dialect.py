@@ -39,6 +39,11 @@ class Dialect(enum.Enum):
         """flannel ≥ 0.10 has CheckNetworkConfig: four subnets at least, /30 at most (flannel.md 2.1)."""
         return self is Dialect.V0_28
 
+    @property
+    def short_escapes(self) -> bool:
+        """Backspace and form feed are `\\b` and `\\f` in JSON strings, as Go ≥ 1.22 writes them (0.28's builds)."""
+        return self is Dialect.V0_28
+
     def default_subnet_len(self, prefix_len: int) -> int:
         """SubnetLen of a network that names none (flannel.md 2.1): a /23 gets /24 in 0.7 and /25 in 0.28."""
         if self is Dialect.V0_7:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from flanctl.errors import Invalid
 from flanctl.model import json_text
-from flanctl.model.dialect import Dialect
 from flanctl.model.json_text import Escaped, JsonError, Object, describe, fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from flanctl.model.dialect import Dialect
 
 _NAME = "lease value"
 _FIELDS = {
@@ -93,7 +94,7 @@ class LeaseAttributes:
         if dialect.writes_ipv6 and self.backend_v6_data is not None:
             document["BackendV6Data"] = self.backend_v6_data
         document.update(self.unknown)
-        return json_text.write(document, short_escapes=dialect is Dialect.V0_28).encode()
+        return json_text.write(document, short_escapes=dialect.short_escapes).encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,75 +50,68 @@ class _Text(NamedTuple):
 
 
 _Option = _Int | _Bool | _Text
-_PORT = _Int(0, 0, 65535)
 _MTU = _Int(None, 68, 65535)  # the external interface's unless given
 _BOOL = _Bool(default=False)
 _TEXT = _Text("")
 
-# flannel.md 5.1; what flannel itself reads, with its defaults.
-_BACKENDS: dict[str, dict[str, _Option]] = {
-    "udp": {"Port": _Int(DEFAULT_UDP_PORT, 1, 65535)},
-    "vxlan": {
-        "VNI": _Int(1, 0, 0xFFFFFF),  # RFC 7348: 24 bits
-        "Port": _PORT,  # 0: the kernel's, 8472
-        "GBP": _BOOL,
-        "DirectRouting": _BOOL,
-        "Learning": _BOOL,
-        "MTU": _MTU,
-    },
-    "host-gw": {},
-    "alloc": {},
-    "ipip": {"DirectRouting": _BOOL},
-    "wireguard": {
-        "PSK": _TEXT,
-        "ListenPort": _Int(51820, 1, 65535),
-        "ListenPortV6": _Int(51821, 1, 65535),
-        "PersistentKeepaliveInterval": _PORT,  # seconds; the kernel's field has 16 bits too
-        "Mode": _Text("separate", one_of=("separate", "auto", "ipv4", "ipv6")),
-        "MTU": _MTU,
-    },
-    "ipsec": {
-        "PSK": _Text("", min_len=96),
-        "UDPEncap": _BOOL,
-        "ESPProposal": _Text("aes128gcm16-sha256-prfsha256-ecp256"),
-    },
-    "extension": {
-        "PreStartupCommand": _TEXT,
-        "PostStartupCommand": _TEXT,
-        "SubnetAddCommand": _TEXT,
-        "SubnetRemoveCommand": _TEXT,
-    },
-    "tencent-vpc": {"AccessKeyID": _TEXT, "AccessKeySecret": _TEXT},
-    "aws-vpc": {"RouteTableID": _TEXT},
-    "gce": {},
+_UDP: dict[str, _Option] = {"Port": _Int(DEFAULT_UDP_PORT, 1, 65535)}
+_VXLAN: dict[str, _Option] = {
+    "VNI": _Int(1, 0, 0xFFFFFF),  # RFC 7348: 24 bits
+    "Port": _Int(0, 0, 65535),  # 0: the kernel's, 8472
+    "GBP": _BOOL,
 }
-_KNOWN_BACKENDS = {
-    Dialect.V0_7: ("udp", "vxlan", "host-gw", "alloc", "aws-vpc", "gce"),
-    Dialect.V0_28: (
-        "udp", "vxlan", "host-gw", "alloc", "ipip", "wireguard", "ipsec", "extension", "tencent-vpc",
-    ),
-}  # fmt: skip
-_NOT_IN_0_7 = {("vxlan", "DirectRouting"), ("vxlan", "Learning"), ("vxlan", "MTU")}
+_BACKENDS: dict[Dialect, dict[str, dict[str, _Option]]] = {
+    Dialect.V0_7: {
+        "udp": _UDP,
+        "vxlan": _VXLAN,
+        "host-gw": {},
+        "alloc": {},
+        "aws-vpc": {"RouteTableID": _TEXT},
+        "gce": {},
+    },
+    Dialect.V0_28: {
+        "udp": _UDP,
+        "vxlan": _VXLAN | {"DirectRouting": _BOOL, "Learning": _BOOL, "MTU": _MTU},
+        "host-gw": {},
+        "alloc": {},
+        "ipip": {"DirectRouting": _BOOL},
+        "wireguard": {
+            "PSK": _TEXT,
+            "ListenPort": _Int(51820, 1, 65535),
+            "ListenPortV6": _Int(51821, 1, 65535),
+            "PersistentKeepaliveInterval": _Int(0, 0, 65535),  # seconds; the kernel's field has 16 bits
+            "Mode": _Text("separate", one_of=("separate", "auto", "ipv4", "ipv6")),
+            "MTU": _MTU,
+        },
+        "ipsec": {
+            "PSK": _Text("", min_len=96),
+            "UDPEncap": _BOOL,
+            "ESPProposal": _Text("aes128gcm16-sha256-prfsha256-ecp256"),
+        },
+        "extension": {
+            "PreStartupCommand": _TEXT,
+            "PostStartupCommand": _TEXT,
+            "SubnetAddCommand": _TEXT,
+            "SubnetRemoveCommand": _TEXT,
+        },
+        "tencent-vpc": {"AccessKeyID": _TEXT, "AccessKeySecret": _TEXT},
+    },
+}
+"""The backends each dialect has, with the options flannel reads and their defaults (flannel.md 5.1)."""
+
 _NEVER_READ = {("extension", "ShutdownCommand")}
 """In upstream's own examples, but no flannel ever read it: refusing the example would help nobody."""
 
 _KEYS_0_7 = ("Network", "SubnetLen", "SubnetMin", "SubnetMax", "Backend")
+_IPV6_KEYS = ("IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax")
+_SWITCHES = ("EnableIPv4", "EnableIPv6", "EnableNFTables")
 _KEYS = {
     Dialect.V0_7: {fold(key): key for key in _KEYS_0_7},
-    Dialect.V0_28: {
-        fold(key): key
-        for key in (
-            *_KEYS_0_7,
-            "EnableIPv4",
-            "EnableIPv6",
-            "EnableNFTables",
-            "IPv6Network",
-            "IPv6SubnetLen",
-            "IPv6SubnetMin",
-            "IPv6SubnetMax",
-        )
-    },
+    Dialect.V0_28: {fold(key): key for key in (*_KEYS_0_7, *_SWITCHES, *_IPV6_KEYS)},
 }
+"""The keys each dialect knows, by their folded form."""
+
+# An overlay there is allowed by flannel and of no use: kernels and routers treat these addresses apart.
 _ODD_PLACES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
 
 
@@ -147,7 +140,7 @@ class NetworkConfig:
         """The config as flannel understands it: its field names, its order, every default filled in."""
         options = {
             key: option.default
-            for key, option in _options(self.backend_type, self.dialect).items()
+            for key, option in _BACKENDS[self.dialect][self.backend_type].items()
             if option.default is not None
         }
         return {
@@ -213,13 +206,13 @@ def compose_config(
     if subnet_max is not None:
         document["SubnetMax"] = str(subnet_max)
     if backend is not None or backend_options:
-        known = {
-            fold(key): (key, option) for key, option in _BACKENDS.get((backend or "").lower(), {}).items()
-        }
+        backends = _BACKENDS[Dialect.V0_7] | _BACKENDS[Dialect.V0_28]
+        options = backends.get((backend or "").lower(), {})
+        known = {fold(key): (key, option) for key, option in options.items()}
         section: dict[str, object] = {} if backend is None else {"Type": backend}
         for given, value in (backend_options or {}).items():
             key, option = known.get(fold(given), (given, None))
-            section[key] = _typed(value, option)
+            section[given if key in section else key] = _typed(value, option)  # twice: parse says so
         document["Backend"] = section
     return json_text.write(document, short_escapes=True)
 
@@ -232,13 +225,6 @@ def _typed(value: object, option: _Option | None) -> object:
     if isinstance(option, _Bool) and value in ("true", "false"):
         return value == "true"
     return value
-
-
-def _options(backend_type: str, dialect: Dialect) -> dict[str, _Option]:
-    options = _BACKENDS[backend_type]
-    if dialect is Dialect.V0_7:
-        return {key: option for key, option in options.items() if (backend_type, key) not in _NOT_IN_0_7}
-    return options
 
 
 class _Reader:
@@ -317,7 +303,7 @@ class _Reader:
 
     def other_families(self, given: Mapping[str, Member]) -> None:
         """The IPv6 keys and EnableNFTables: checked as far as flannel does, refused where they ask for IPv6."""
-        for key in ("EnableIPv4", "EnableIPv6", "EnableNFTables"):
+        for key in _SWITCHES:
             if (member := given.get(key)) is None:
                 continue
             enabled = self.flag(key, member)
@@ -327,7 +313,7 @@ class _Reader:
                 raise self.wrong(member.at, key, "is true, but IPv6 is not supported yet")
             if key == "EnableNFTables" and enabled:
                 self.warn(member.name_at, f"{key} is ignored, rules are written with iptables")
-        for key in ("IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"):
+        for key in _IPV6_KEYS:
             if (member := given.get(key)) is None:
                 continue
             if key == "IPv6SubnetLen":
@@ -458,7 +444,7 @@ class _Reader:
             what = f'must be an object like {{"Type": "udp"}}, not {describe(section)}'
             raise self.wrong(member.at, "Backend", what)
         backend_type = self.backend_type(member, section)
-        options = _options(backend_type, self.dialect)
+        options = _BACKENDS[self.dialect][backend_type]
         spelling = {fold(key): key for key in ("Type", *options)}
         given, unknown = self.sort_out(section, spelling, section="Backend.")
         for other in unknown:
@@ -480,7 +466,7 @@ class _Reader:
 
     def backend_type(self, member: Member, section: Object) -> str:
         key = "Backend.Type"
-        known = _KNOWN_BACKENDS[self.dialect]
+        known = _BACKENDS[self.dialect]
         hint = "one of " + ", ".join(known)
         found = next((inner for inner in section if fold(inner.name) == "type"), None)
         if found is None or found.value is None or found.value == "":

@@ -68,7 +68,9 @@ def _kernel_link(kind: str) -> Callable[[], str | None]:
         make = f"ip link add probe0 type {kind}"
         if kind == "vxlan":
             make += " id 7 dstport 8472"
-        probe = subprocess.run(["unshare", "--net", "sh", "-c", make], capture_output=True, text=True, check=False)
+        probe = subprocess.run(
+            ["unshare", "--net", "sh", "-c", make], capture_output=True, text=True, check=False
+        )
         return None if probe.returncode == 0 else f"this kernel makes no {kind} link"
 
     return look

@@ -66,8 +66,12 @@ def test_each_exclusion_excludes_something() -> None:
         assert any(map(excludes, RUNS)), reason
 
 
+def _name(run: dict[str, Any]) -> str:
+    return "-".join([run["version"], run["subnet_env_name"], *run["args"][4:], *run["process_env"]])
+
+
 @pytest.mark.parametrize(
-    "run", [run for run in RUNS if not any(excludes(run) for excludes in EXCLUDED.values())]
+    "run", [run for run in RUNS if not any(excludes(run) for excludes in EXCLUDED.values())], ids=_name
 )
 def test_the_file_is_the_scripts(run: dict[str, Any]) -> None:
     """0.28.9's later exit code 1 for a route that exists already does not change the file."""

@@ -399,6 +399,11 @@ def test_a_composed_config_is_what_the_deployment_note_wrote() -> None:
     assert compose_config(network="172.17.0.0/16") == '{"Network":"172.17.0.0/16"}'
 
 
+def test_an_option_composed_twice_is_refused_not_lost() -> None:
+    text = compose_config(network="10.1.0.0/16", backend="udp", backend_options={"Port": "1", "port": "2"})
+    assert "Backend.Port is given twice" in str(refusal(text))
+
+
 def test_a_composed_config_keeps_flannels_order_and_types() -> None:
     text = compose_config(
         network=IPv4Network("10.1.0.0/16"),

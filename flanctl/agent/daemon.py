@@ -1,0 +1,600 @@
+"""The agent: looks, then acts, then keeps the machine as the registry says.
+
+        STARTING ──lease──▶ LEASED ──peers applied, subnet.env written──▶ READY
+            │                  │                                            │
+            └──────────────────┴────── Stop, LeaseLost, failure ────────────┴──▶ STOPPING ──▶ STOPPED
+
+One thread (the one that calls `run`) owns all domain state. Workers post typed messages to one inbox; a signal is a
+message too. Messages only mark work as due; the work is one idempotent `apply` of everything wanted. Stopping leaves
+device, routes, rules and lease in place, so that traffic flows through a restart.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import os
+import queue
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from flanctl import __version__
+from flanctl.agent import state as state_file
+from flanctl.agent.log import Repeated
+from flanctl.agent.state import State
+from flanctl.agent.supervisor import Crew, WorkerFailed
+from flanctl.errors import Conflict, FlanctlError, Invalid, NotFound, NotPermitted, RegistryUnreachable
+from flanctl.files import make_directory, write_atomically
+from flanctl.model.lease import LeaseAttributes
+from flanctl.model.peers import peers_of
+from flanctl.model.subnet_file import SubnetFile
+from flanctl.registry.announcements import Announcement, announce
+from flanctl.registry.config import config_key, read_config
+from flanctl.registry.leases import (
+    LEASE_TTL,
+    Keeper,
+    KeeperReport,
+    LeaseRenewed,
+    LeaseRestored,
+    Leases,
+    RegistryBack,
+    RegistryTrouble,
+)
+from flanctl.registry.peers import Follower, PeersChanged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from ipaddress import IPv4Network
+    from pathlib import Path
+    from types import FrameType
+
+    from flanctl.agent.backends.base import Backend
+    from flanctl.agent.kernel.rules import IptablesRules
+    from flanctl.agent.log import Log
+    from flanctl.agent.machine import Machine
+    from flanctl.agent.notify import Notify
+    from flanctl.clock import Clock
+    from flanctl.model.dialect import Dialect
+    from flanctl.model.network_config import NetworkConfig
+    from flanctl.model.peers import Peer
+    from flanctl.registry.leases import Acquired
+    from flanctl.registry.stores.store import Store
+
+STOP_SECONDS = 2.5
+"""For all workers together; with the backend's 2 s the agent keeps its promise of 5 s."""
+PATH_FAILURES = 5
+"""So many failures of the data plane in a row and we give up, for systemd to start us afresh."""
+RETRY_SECONDS = 5.0
+"""Between two tries while etcd or the config is not there at start."""
+MANY_CHANGES = 10
+"""More peers than this coming and going at once make one log line."""
+
+
+class Phase(enum.Enum):
+    """Where the agent is in its life. STOPPED is final."""
+
+    STARTING = "starting"
+    LEASED = "leased"
+    READY = "ready"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the operator decided about this agent, parsed and checked."""
+
+    prefix: str
+    subnet_file: Path
+    state_dir: Path
+    run_dir: Path
+    ip_masq: bool
+    forward_rules: bool
+    resync_seconds: float
+    renew_margin: float
+    """Seconds before the end of the lease at which it is renewed at the latest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Somebody wants us to end; `reason` is the signal's name."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PathFailed:
+    """The data plane ended by itself."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShowCounters:
+    """SIGUSR1: log the packet counters."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChanged:
+    """Our device or the underlay changed: compare with what is wanted."""
+
+
+Message = Stop | PathFailed | ShowCounters | LinkChanged | WorkerFailed | PeersChanged | KeeperReport
+
+
+class StopRequested(Exception):
+    """Raised by the signal handler while the start waits for the registry."""
+
+
+class Agent:
+    """One agent's life. Make it, `run` it, once.
+
+    `store` is closed by whoever opened it. Every collaborator comes in, so that tests can put a fake in its place.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        store: Store,
+        dialect: Dialect,
+        look: Callable[[NetworkConfig], Machine],
+        log: Log,
+        notify: Notify,
+        clock: Clock,
+    ) -> None:
+        self._options = options
+        self._store = store
+        self._dialect = dialect
+        self._look = look
+        self._log = log
+        self._notify = notify
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._crew = Crew(self._inbox.put)
+        self._leases = Leases(store, options.prefix, dialect, clock)
+        self._repeated = Repeated(clock)
+        self._interruptible = False
+        self._stop_reason: str | None = None
+        self._peers: tuple[Peer, ...] | None = None
+        self._keeper: Keeper
+        self._follower: Follower
+        self._drops: dict[str, int] = {}
+        self._path_failures = 0
+        self.phase = Phase.STARTING
+
+    # ---- looking: nothing on this machine or in the registry changes --------------------------------------------
+
+    def check(self) -> None:
+        """Everything `run` looks at before it acts. Raises the error that would end it; says what was found."""
+        config = read_config(self._store, self._options.prefix, self._dialect).config
+        machine = self._look(config)
+        try:
+            self._introduce(config, machine)
+            machine.backend.check()
+        finally:
+            machine.backend.stop()
+            machine.close()
+
+    def _introduce(self, config: NetworkConfig, machine: Machine) -> None:
+        for sentence in (*config.warnings, *machine.underlay.warnings, *machine.warnings):
+            self._log.warn(sentence)
+        underlay = machine.underlay
+        others = f"; other candidates: {', '.join(underlay.candidates)}" if underlay.candidates else ""
+        self._log.info(
+            f"interface {underlay.link.name} {underlay.address} mtu={underlay.mtu}, {underlay.why}{others}"
+        )
+
+    # ---- the life -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Start, serve until told to stop, stop. Raises LeaseLost, or the error that ended it."""
+        began = self._clock.now()
+        with _signals(self._on_signal), lock(self._options.run_dir):
+            machine: Machine | None = None
+            try:
+                config = self._wait_for_config()
+                machine = self._look(config)
+                self._introduce(config, machine)
+                machine.backend.check()
+                # ------------------------------------------------------------------ from here on we act
+                self._live(config, machine)
+            except StopRequested:
+                pass
+            finally:
+                self.phase = Phase.STOPPING
+                self._notify.stopping()
+                asked = self._clock.now()
+                late = self._crew.stop(seconds=STOP_SECONDS)
+                if machine is not None:
+                    machine.backend.stop()
+                    machine.close()
+                for name in late:
+                    self._log.warn(f"{name} did not stop in {STOP_SECONDS:g} s")
+                self.phase = Phase.STOPPED
+                self._log.info(
+                    "stopped",
+                    after=f"{self._clock.now() - asked:.1f}s",
+                    reason=self._stop_reason or "failure",
+                    lease="kept",
+                    ran=f"{asked - began:.0f}s",
+                )
+
+    def _live(self, config: NetworkConfig, machine: Machine) -> None:
+        remembered = self._remember()
+        held = self._acquire(config, machine, remembered)
+        subnet = held.lease.subnet
+        state_file.save(
+            self._options.state_dir, replace(remembered, prefix=self._options.prefix, subnet=subnet)
+        )
+        self.phase = Phase.LEASED
+        machine.backend.start(subnet)
+        rules = machine.rules(subnet)
+        self._start_workers(held, machine, remembered)
+        self._serve(config, machine, held, rules)
+
+    def _serve(self, config: NetworkConfig, machine: Machine, held: Acquired, rules: IptablesRules) -> None:
+        """The loop: take every message there is, then do what they made due, once."""
+        due = self._clock.now() + self._options.resync_seconds
+        while True:
+            dirty = False
+            wait = max(0.0, due - self._clock.now())
+            for message in self._messages(wait):
+                dirty |= self._take(message, config, machine, held)
+                if self._stop_reason is not None:
+                    return
+            tick = self._clock.now() >= due
+            if tick:
+                due = self._clock.now() + self._options.resync_seconds
+            if (dirty or tick) and self._peers is not None:
+                self._apply(config, machine, held, rules, with_rules=tick or self.phase is not Phase.READY)
+            if tick:
+                self._tell_drops(machine)
+
+    def _messages(self, seconds: float) -> Iterator[Message]:
+        """The next message, waited for, and all that are there with it."""
+        try:
+            yield self._inbox.get(timeout=seconds)
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, message: Message, config: NetworkConfig, machine: Machine, held: Acquired) -> bool:
+        """One message. True if it makes an `apply` due."""
+        match message:
+            case Stop(reason):
+                self._stop_reason = reason
+            case ShowCounters():
+                self._log.info("counters", **{name: n for name, n in machine.backend.counters().items() if n})
+            case PeersChanged():
+                return self._learn(config, machine, held)
+            case LinkChanged():
+                return True
+            case PathFailed(why):
+                self._path_failures += 1
+                self._log.warn("data plane ended by itself", error=why, times=self._path_failures)
+                if self._path_failures >= PATH_FAILURES:
+                    raise FlanctlError(
+                        f"the data plane failed {PATH_FAILURES} times in a row: {why}", id="data-path"
+                    )
+                return True
+            case WorkerFailed(name, error):
+                raise error or FlanctlError(f"the worker {name} ended though nobody asked it to", id="worker")
+            case _:
+                self._tell(message)
+        return False
+
+    # ---- the steps ----------------------------------------------------------------------------------------------
+
+    def _wait_for_config(self) -> NetworkConfig:
+        """The network's config; waits for etcd and for the key, as flanneld does, but says what for."""
+        while True:
+            try:
+                with self._waiting():
+                    stored = read_config(self._store, self._options.prefix, self._dialect)
+            except (RegistryUnreachable, NotFound) as error:
+                self._wait_on(error)
+                continue
+            self._log.info(
+                f"registry {self._store.describe()}",
+                prefix=self._options.prefix,
+                revision=stored.entry.revision,
+            )
+            return stored.config
+
+    def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
+        """Our lease. An outage in the middle is waited out; what was written meanwhile is found again."""
+        prepared = machine.backend.prepare()
+        attributes = LeaseAttributes(
+            public_ip=machine.underlay.public_ip,
+            backend_type=prepared.backend_type,
+            backend_data=prepared.backend_data,
+        )
+        previous = self._previous(remembered)
+        while True:
+            try:
+                with self._waiting():
+                    held = self._leases.acquire(config, attributes, previous=previous)
+            except RegistryUnreachable as error:
+                self._wait_on(error)
+                continue
+            for sentence in held.notes:
+                self._log.warn(sentence)
+            self._log.info(f"lease {held.lease.subnet} {held.how}", ttl=_hours(held.lease.ttl))
+            return held
+
+    def _wait_on(self, error: FlanctlError) -> None:
+        """Tell what we wait for, now and then, and wait a little."""
+        key = config_key(self._options.prefix)
+        if count := self._repeated.worth_saying(error.id):
+            self._log.warn(f"waiting: {error.message}", tries=count, **_hint(error))
+        self._notify.waiting(f"waiting for {key}: {error.message}", seconds=RETRY_SECONDS + 60)
+        with self._waiting():
+            self._clock.wait(threading.Event(), RETRY_SECONDS)
+
+    def _remember(self) -> State:
+        """Our state file; a new one where there is none, and after one that cannot be read (said)."""
+        try:
+            found = state_file.load(self._options.state_dir)
+        except Invalid as error:
+            self._log.warn(f"{error.message}; starting a new one", id="bad-state")
+            found = None
+        return found or State.new()
+
+    def _previous(self, remembered: State) -> list[IPv4Network]:
+        """Subnets we had, the surest memory first. /run is empty after a reboot, a state directory is not."""
+        previous = []
+        if remembered.prefix == self._options.prefix and remembered.subnet is not None:
+            previous.append(remembered.subnet)
+        try:
+            previous.append(SubnetFile.parse(self._options.subnet_file.read_bytes()).subnet)
+        except OSError:
+            pass
+        except Invalid as error:
+            self._log.warn(f"{self._options.subnet_file} is not used: {error.message}")
+        return previous
+
+    def _start_workers(self, held: Acquired, machine: Machine, remembered: State) -> None:
+        words = Announcement(
+            host=os.uname().nodename,
+            version=__version__,
+            data_path=machine.backend.data_path,
+            instance=remembered.instance,
+        )
+        public_ip = machine.underlay.public_ip
+
+        def tell_others() -> None:
+            """Beside the lease and as long-lived; a network without it works just the same."""
+            try:
+                announce(self._store, self._options.prefix, public_ip, words, ttl=LEASE_TTL)
+            except FlanctlError as error:
+                self._log.warn(f"cannot announce this host: {error.message}")
+
+        def heard(report: KeeperReport) -> None:
+            if isinstance(report, LeaseRenewed | LeaseRestored):
+                tell_others()
+            self._inbox.put(report)
+
+        keeper = Keeper(self._leases, held, heard, margin=self._options.renew_margin)
+        self._keeper = keeper
+        self._follower = Follower(self._leases, self._inbox.put)
+
+        def keep() -> None:
+            tell_others()
+            keeper.run()
+
+        self._crew.start("lease keeper", keep, keeper.stop)
+        self._crew.start("peer watch", self._follower.run, self._follower.stop)
+        self._crew.start("data plane watch", *self._path_watch(machine.backend))
+        self._crew.start("link monitor", *machine.link_watch(lambda: self._inbox.put(LinkChanged())))
+
+    def _path_watch(self, backend: Backend) -> tuple[Callable[[], None], Callable[[], None]]:
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                why = backend.wait(1.0)
+                if why is not None and not stop.is_set():
+                    self._inbox.put(PathFailed(why))
+                    # The daemon rebuilds it; looking again sooner would only count the same failure twice.
+                    stop.wait(1.0)
+
+        return watch, stop.set
+
+    def _learn(self, config: NetworkConfig, machine: Machine, held: Acquired) -> bool:
+        """A new complete picture of all leases: who is new, who left, what is wrong with ours."""
+        table, own, own_ip = self._follower.table(), held.lease.subnet, machine.underlay.public_ip
+        if not any(lease.subnet == own and lease.attributes.public_ip == own_ip for lease in table.leases):
+            # Gone, or somebody else's: the keeper writes it again or finds that it is lost.
+            self._keeper.wake()
+        peers, problems = peers_of(
+            table.leases,
+            own=own,
+            own_ip=own_ip,
+            config=config,
+            backend_type=config.backend_type,
+        )
+        for bad in table.unreadable:
+            if self._repeated.worth_saying(f"unreadable {bad.key}") == 1:
+                self._log.warn(f"skipped unreadable key: {bad.message}", key=bad.key, id=bad.problem)
+        for problem in problems:
+            if self._repeated.worth_saying(f"{problem.id} {problem.subnet}") == 1:
+                self._log.warn(problem.message, id=problem.id)
+        if self._peers is not None:
+            self._tell_changes(self._peers, peers, table.revision)
+        changed = peers != self._peers
+        self._peers = peers
+        return changed
+
+    def _tell_changes(self, before: tuple[Peer, ...], after: tuple[Peer, ...], revision: int) -> None:
+        """A line for each change, or one for all when there are many."""
+        gone, new = set(before) - set(after), set(after) - set(before)
+        if len(gone) + len(new) > MANY_CHANGES:
+            self._log.info(
+                "peers changed", added=len(new), removed=len(gone), revision=revision, peers=len(after)
+            )
+            return
+        for word, peers in (("removed", gone), ("added", new)):
+            for peer in sorted(peers, key=lambda peer: peer.subnet):
+                self._log.info(
+                    f"peer {word}",
+                    subnet=peer.subnet,
+                    public_ip=peer.public_ip,
+                    revision=revision,
+                    peers=len(after),
+                )
+
+    def _apply(
+        self,
+        config: NetworkConfig,
+        machine: Machine,
+        held: Acquired,
+        rules: IptablesRules,
+        *,
+        with_rules: bool,
+    ) -> None:
+        """Make the machine what everything known says it should be."""
+        report = machine.backend.apply(self._peers or ())
+        repaired, failed = list(report.repaired), list(report.failed)
+        if with_rules:
+            try:
+                repaired += rules.ensure(masq=self._options.ip_masq, forward=self._options.forward_rules)
+            except FlanctlError as error:
+                failed.append(error.message)
+        if self.phase is Phase.READY:
+            for sentence in repaired:
+                self._log.info(f"repaired: {sentence}")
+        for sentence in failed:
+            if count := self._repeated.worth_saying(sentence):
+                self._log.warn(sentence, times=count)
+        if not report.repaired:
+            self._path_failures = 0
+        if self.phase is Phase.LEASED:
+            self._get_ready(config, machine, held)
+
+    def _get_ready(self, config: NetworkConfig, machine: Machine, held: Acquired) -> None:
+        """Now the subnet works: tell dockerd (subnet.env), systemd and the operator."""
+        mtu = machine.backend.mtu
+        written = SubnetFile.for_lease(config.network, held.lease.subnet, mtu, self._options.ip_masq)
+        write_atomically(self._options.subnet_file, written.format().encode())
+        self.phase = Phase.READY
+        line = self._log.ready(
+            network=config.network,
+            subnet=held.lease.subnet,
+            backend=config.backend_type,
+            data_path=machine.backend.data_path,
+            mtu=mtu,
+            public_ip=machine.underlay.public_ip,
+            peers=len(self._peers or ()),
+        )
+        self._notify.ready(line)
+
+    # ---- what the log says --------------------------------------------------------------------------------------
+
+    def _tell(self, message: Message) -> None:
+        match message:
+            case LeaseRenewed(held):
+                self._log.info(f"lease {held.lease.subnet} renewed", ttl=_hours(held.lease.ttl))
+            case LeaseRestored(held):
+                self._log.warn(
+                    f"our lease {held.lease.subnet} had disappeared, written again",
+                    ttl=_hours(held.lease.ttl),
+                )
+            case RegistryTrouble(error):
+                if count := self._repeated.worth_saying("registry"):
+                    self._log.warn(f"registry: {error.message}; packets go on flowing", tries=count)
+            case RegistryBack(after, tries):
+                self._repeated.over("registry")
+                self._log.info("registry answers again", after=f"{after:.1f}s", tries=tries)
+            case _:
+                pass
+
+    def _tell_drops(self, machine: Machine) -> None:
+        """Refused packets, summed since the last line, so that a flood makes one line and not a million."""
+        for name, total in machine.backend.counters().items():
+            new = total - self._drops.get(name, 0)
+            if name.startswith("drop_") and new and self._repeated.worth_saying(name):
+                self._log.warn("packets dropped", reason=name.removeprefix("drop_"), count=new, total=total)
+                self._drops[name] = total
+
+    # ---- signals ------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int) -> None:
+        """Only sets a flag and posts a message; SimpleQueue.put is safe in a handler."""
+        if number == signal.SIGUSR1:
+            self._inbox.put(ShowCounters())
+            return
+        self._stop_reason = signal.Signals(number).name
+        self._inbox.put(Stop(self._stop_reason))
+        if self._interruptible:
+            raise StopRequested
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a wait for the registry during the start: a stop ends it at once."""
+        self._interruptible = True
+        try:
+            if self._stop_reason is not None:
+                raise StopRequested
+            yield
+        finally:
+            self._interruptible = False
+
+
+@contextmanager
+def _signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT stop, SIGUSR1 shows counters; the former handlers come back."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        handler(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """One agent per run directory. Raises Conflict naming the other, NotPermitted, NotFound."""
+    path = run_dir / "agent.lock"
+    try:
+        make_directory(run_dir)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        raise NotFound(f"cannot make {run_dir}: there is no directory {run_dir.parent}") from None
+    except OSError as error:
+        raise NotPermitted(f"cannot lock {path}: {error.strerror}", hint="run as root") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "?"
+            raise Conflict(
+                f"another flanctl agent runs on this host (pid {holder}, {path})",
+                hint="stop it first; a second network needs its own --run-dir, --state-dir and --subnet-file",
+                id="already-running",
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        # The kernel lets go of the lock with the descriptor, also after SIGKILL; the file may stay.
+        os.close(handle)
+
+
+def _hours(seconds: float | None) -> str:
+    if seconds is None:
+        return "never-ends"
+    return f"{seconds / 3600:.1f}h"
+
+
+def _hint(error: FlanctlError) -> dict[str, str]:
+    return {"try": error.hint} if error.hint else {}

@@ -1,0 +1,135 @@
+"""Where settings come from, and in what order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flanctl.errors import UsageError
+from flanctl.settings import PASSWORD, TABLE, resolve
+
+NOTE = """\
+# Flanneld configuration options
+
+# etcd url location.  Point this to the server where etcd runs
+FLANNEL_ETCD_ENDPOINTS="http://192.168.6.15:2379,http://192.168.6.2:2379,http://192.168.6.5:2379"
+
+# etcd config key.  This is the configuration key that flannel queries
+# For address range assignment
+FLANNEL_ETCD_PREFIX="/jxdd/other"
+
+# Any additional options that you want to pass
+FLANNEL_OPTIONS="--logtostderr=false --log_dir=/var/log/flannel/  --iface=eth0"
+"""
+
+
+def settings(flags=None, env=None, toml=Path("/nonexistent"), sysconfig=()):
+    return resolve(flags or {}, environment=env or {}, toml_file=toml, sysconfig_files=sysconfig)
+
+
+def test_a_host_that_runs_flannel_needs_no_flag(tmp_path):
+    """The deployment note's sysconfig file gives endpoints, prefix and interface, each with its line."""
+    file = tmp_path / "flanneld"
+    file.write_text(NOTE)
+    found = settings(sysconfig=[file])
+    assert found.items("endpoints") == (
+        "http://192.168.6.15:2379",
+        "http://192.168.6.2:2379",
+        "http://192.168.6.5:2379",
+    )
+    assert found.text("prefix") == "/jxdd/other"
+    assert found.items("iface") == ("eth0",)
+    assert found.source("endpoints") == f"{file}:4, FLANNEL_ETCD_ENDPOINTS"
+    assert found.source("iface") == f"{file}:11, FLANNEL_OPTIONS"
+
+
+def test_precedence_is_flag_then_variables_then_toml_then_sysconfig_then_default(tmp_path):
+    toml, sysconfig = tmp_path / "flanctl.toml", tmp_path / "flanneld"
+    toml.write_text('endpoints = ["http://toml:2379"]\n')
+    sysconfig.write_text("FLANNEL_ETCD_ENDPOINTS=http://sysconfig:2379\n")
+    env = {
+        "FLANCTL_ENDPOINTS": "http://flanctl:2379",
+        "FLANNELD_ETCD_ENDPOINTS": "http://flanneld:2379",
+        "FLANNEL_ETCD_ENDPOINTS": "http://flannel:2379",
+        "ETCDCTL_ENDPOINTS": "http://etcdctl:2379",
+    }
+    order = ["flag", *env, "toml", "sysconfig", "default"]
+    expected = ["flag", "flanctl", "flanneld", "flannel", "etcdctl", "toml", "sysconfig", "127.0.0.1"]
+    for skip in range(len(order)):
+        found = settings(
+            flags={"endpoints": "http://flag:2379"} if skip < 1 else {},
+            env={name: text for at, (name, text) in enumerate(env.items(), 1) if at >= skip},
+            toml=toml if skip < 6 else Path("/nonexistent"),
+            sysconfig=[sysconfig] if skip < 7 else (),
+        )
+        assert f"//{expected[skip]}:" in found.text("endpoints"), order[skip]
+
+
+def test_an_empty_variable_counts_as_unset():
+    assert settings(env={"FLANCTL_PREFIX": ""}).text("prefix") == "/jxdd/network"
+
+
+def test_flags_inside_flannel_options_are_read_in_gos_grammar(tmp_path):
+    file = tmp_path / "flanneld"
+    file.write_text("FLANNEL_OPTIONS='-ip-masq -iface eth1 --iface=eth2 -v=3 --public-ip 10.1.2.3 word --iface=no'\n")
+    found = settings(sysconfig=[file])
+    assert found.switch("ip_masq")
+    assert found.items("iface") == ("eth1", "eth2")
+    assert found.text("public_ip") == "10.1.2.3"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5", 5.0), ("2.5", 2.5), ("500ms", 0.5), ("2m", 120.0), ("1h", 3600.0), ("7S", 7.0)]
+)
+def test_durations(text, seconds):
+    assert settings(flags={"timeout": text}).seconds("timeout") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", "five", "1d", "nan", "inf", "1e99"])
+def test_a_bad_duration_is_named_with_its_source(text):
+    with pytest.raises(UsageError, match=r"--timeout .* \(from --timeout\) is not a duration"):
+        settings(flags={"timeout": text}).seconds("timeout")
+
+
+def test_a_switch_that_is_neither_is_an_error():
+    with pytest.raises(UsageError, match="true or false"):
+        settings(env={"FLANNELD_IP_MASQ": "maybe"}).switch("ip_masq")
+
+
+def test_an_unknown_name_in_the_toml_file_is_an_error(tmp_path):
+    toml = tmp_path / "flanctl.toml"
+    toml.write_text('endpoint = "http://a:2379"\n')
+    with pytest.raises(UsageError, match='unknown setting "endpoint"'):
+        settings(toml=toml)
+
+
+def test_a_broken_toml_file_is_an_error_that_names_it(tmp_path):
+    toml = tmp_path / "flanctl.toml"
+    toml.write_text("endpoints = [\n")
+    with pytest.raises(UsageError, match=r"flanctl\.toml"):
+        settings(toml=toml)
+
+
+def test_a_password_is_never_shown_and_has_no_flag():
+    found = settings(env={"FLANCTL_PASSWORD": "geheim"})
+    assert found.text("password") == "geheim"
+    with pytest.raises(UsageError) as error:
+        found.switch("password")
+    assert "geheim" not in str(error.value)
+    assert PASSWORD.secret
+
+
+@given(st.text(max_size=400))
+def test_no_sysconfig_file_makes_resolving_fail(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("s") / "flanneld"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    settings(sysconfig=[file])
+
+
+def test_every_flannel_flag_has_its_variable():
+    for row in TABLE.values():
+        if row.flanneld:
+            assert "FLANNELD_" + row.flanneld.upper().replace("-", "_") in row.variables()
