@@ -204,7 +204,7 @@ def _overlaps(config: NetworkConfig) -> list[str]:
 
 
 def _backend(text: str | None) -> tuple[str | None, dict[str, object]]:
-    """`vxlan,VNI=7,DirectRouting=true` → type and options; numbers and true/false become JSON's."""
+    """`vxlan,VNI=7,DirectRouting=true` → type and options, as texts: the config knows what each must be."""
     if text is None:
         return None, {}
     kind, *rest = text.split(",")
@@ -213,10 +213,7 @@ def _backend(text: str | None) -> tuple[str | None, dict[str, object]]:
         name, equals, value = part.partition("=")
         if not name or not equals:
             raise UsageError(f'--backend: "{part}" is not KEY=VALUE')
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
+        options[name] = value
     return kind.strip(), options
 
 

@@ -74,7 +74,9 @@ def test_an_empty_variable_counts_as_unset():
 
 def test_flags_inside_flannel_options_are_read_in_gos_grammar(tmp_path):
     file = tmp_path / "flanneld"
-    file.write_text("FLANNEL_OPTIONS='-ip-masq -iface eth1 --iface=eth2 -v=3 --public-ip 10.1.2.3 word --iface=no'\n")
+    file.write_text(
+        "FLANNEL_OPTIONS='-ip-masq -iface eth1 --iface=eth2 -v=3 --public-ip 10.1.2.3 word --iface=no'\n"
+    )
     found = settings(sysconfig=[file])
     assert found.switch("ip_masq")
     assert found.items("iface") == ("eth1", "eth2")
@@ -82,7 +84,8 @@ def test_flags_inside_flannel_options_are_read_in_gos_grammar(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("5", 5.0), ("2.5", 2.5), ("500ms", 0.5), ("2m", 120.0), ("1h", 3600.0), ("7S", 7.0)]
+    ("text", "seconds"),
+    [("5", 5.0), ("2.5", 2.5), ("500ms", 0.5), ("2m", 120.0), ("1h", 3600.0), ("7S", 7.0)],
 )
 def test_durations(text, seconds):
     assert settings(flags={"timeout": text}).seconds("timeout") == seconds

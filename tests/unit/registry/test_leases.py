@@ -1,0 +1,471 @@
+"""Who holds which subnet is the one thing that must never be wrong."""
+
+from __future__ import annotations
+
+import threading
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from flanctl.errors import Conflict, FlanctlError, LeaseLost, RegistryUnreachable
+from flanctl.model.dialect import Dialect
+from flanctl.model.lease import Lease, LeaseAttributes
+from flanctl.model.network_config import NetworkConfig
+from flanctl.registry.leases import (
+    LEASE_TTL,
+    Keeper,
+    LeaseRenewed,
+    LeaseRestored,
+    Leases,
+    RegistryBack,
+    RegistryTrouble,
+    renew_after,
+)
+from flanctl.registry.stores.memory import MemoryStore
+from tests.support.clock import FakeClock
+from tests.support.deadline import until
+
+PREFIX = "/jxdd/network"
+ONE, TWO = IPv4Address("192.168.6.2"), IPv4Address("192.168.6.15")
+AWAY = RegistryUnreachable("no answer")
+
+
+def config(text='{"Network":"172.17.0.0/16"}'):
+    return NetworkConfig.parse(text, Dialect.V0_28)
+
+
+TINY = config('{"Network":"10.0.0.0/28","SubnetLen":30}')  # three subnets: .4, .8, .12
+
+
+def host(address):
+    return LeaseAttributes(public_ip=address)
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def store(clock):
+    return MemoryStore(clock)
+
+
+@pytest.fixture
+def leases(store, clock):
+    return Leases(store, PREFIX, Dialect.V0_28, clock)
+
+
+def put(store, subnet, value, ttl=LEASE_TTL):
+    return store.create(f"{PREFIX}/subnets/{subnet}", value, ttl=ttl)
+
+
+def test_a_new_host_gets_a_subnet_in_flannels_bytes(store, leases):
+    held = leases.acquire(config(), host(ONE))
+    entry = store.get(held.lease.key)
+    assert held.how == "new"
+    assert entry.key == f"{PREFIX}/subnets/{held.lease.subnet.network_address}-24"
+    assert entry.value == b'{"PublicIP":"192.168.6.2","PublicIPv6":null}'
+    assert entry.ttl == LEASE_TTL
+
+
+def test_dialect_0_7_writes_0_7s_bytes(store, clock):
+    held = Leases(store, PREFIX, Dialect.V0_7, clock).acquire(
+        NetworkConfig.parse('{"Network":"172.17.0.0/16"}', Dialect.V0_7), host(ONE)
+    )
+    assert store.get(held.lease.key).value == b'{"PublicIP":"192.168.6.2"}'
+
+
+def test_the_lease_that_names_us_is_kept_and_gets_its_full_time_again(store, leases, clock):
+    first = leases.acquire(config(), host(ONE))
+    clock.advance(10 * 3600)
+    second = leases.acquire(config(), host(ONE))
+    assert (second.lease.subnet, second.how) == (first.lease.subnet, "kept")
+    assert store.get(second.lease.key).ttl == LEASE_TTL
+
+
+def test_what_flanneld_0_7_wrote_for_us_is_taken_over_with_fields_of_others(store, leases):
+    put(store, "172.17.41.0-24", b'{"PublicIP":"192.168.6.2","Note":"rack 7"}', ttl=3600)
+    held = leases.acquire(config(), host(ONE))
+    assert held.lease.subnet == IPv4Network("172.17.41.0/24")
+    assert store.get(held.lease.key).value == b'{"PublicIP":"192.168.6.2","PublicIPv6":null,"Note":"rack 7"}'
+
+
+def test_a_reservation_is_taken_and_stays_without_ttl_through_start_and_renewal(store, leases, clock):
+    put(store, "172.17.60.0-24", b'{"PublicIP":"192.168.6.2","PublicIPv6":null}', ttl=None)
+    held = leases.acquire(config(), host(ONE))
+    assert held.lease.subnet == IPv4Network("172.17.60.0/24")
+    assert held.lease.reservation
+    clock.advance(30 * 86400)
+    assert leases.renew(held).lease.reservation
+    assert leases.acquire(config(), host(ONE)).lease.reservation
+    assert store.get(held.lease.key).lease is None
+
+
+def test_the_subnet_we_had_is_taken_again_after_the_lease_ended(leases, clock):
+    had = IPv4Network("172.17.99.0/24")
+    held = leases.acquire(config(), host(ONE), previous=[had])
+    assert (held.lease.subnet, held.how) == (had, "again")
+
+
+def test_a_subnet_we_had_that_somebody_else_holds_now_is_not_touched(store, leases):
+    had = IPv4Network("172.17.99.0/24")
+    put(store, "172.17.99.0-24", b'{"PublicIP":"192.168.6.15"}')
+    held = leases.acquire(config(), host(ONE), previous=[had])
+    assert held.lease.subnet != had
+    assert b"192.168.6.15" in store.get(f"{PREFIX}/subnets/172.17.99.0-24").value
+
+
+def test_of_two_leases_that_name_us_the_one_we_had_wins(store, leases):
+    for third in (10, 20):
+        put(store, f"172.17.{third}.0-24", b'{"PublicIP":"192.168.6.2","PublicIPv6":null}')
+    again = leases.acquire(config(), host(ONE), previous=[IPv4Network("172.17.20.0/24")])
+    assert again.lease.subnet == IPv4Network("172.17.20.0/24")
+    assert leases.acquire(config(), host(ONE)).lease.subnet == IPv4Network("172.17.10.0/24")
+
+
+def test_a_lease_outside_a_changed_config_is_left_and_noted(store, leases):
+    put(store, "172.18.1.0-24", b'{"PublicIP":"192.168.6.2"}')
+    held = leases.acquire(config(), host(ONE))
+    assert held.lease.subnet.subnet_of(IPv4Network("172.17.0.0/16"))
+    assert "172.18.1.0/24 does not fit" in held.notes[0]
+    assert store.get(f"{PREFIX}/subnets/172.18.1.0-24") is not None
+
+
+def test_bad_keys_and_values_hide_nobody_and_a_bad_value_keeps_its_subnet_taken(store, leases):
+    put(store, "172.17.x.0-24", b"{}")
+    put(store, "172.17.5.0-24", b"not json")
+    put(store, "172.17.6.0-24", b'{"PublicIP":"192.168.6.15"}')
+    put(store, "deeper/172.17.7.0-24", b'{"PublicIP":"192.168.6.16"}')
+    table = leases.table()
+    assert [str(lease.subnet) for lease in table.leases] == ["172.17.6.0/24"]
+    assert {bad.key.removeprefix(PREFIX + "/subnets/"): bad.problem for bad in table.unreadable} == {
+        "172.17.x.0-24": "bad-key",
+        "172.17.5.0-24": "bad-value",
+        "deeper/172.17.7.0-24": "bad-key",
+    }
+    held = leases.acquire(config(), host(ONE), previous=[IPv4Network("172.17.5.0/24")])
+    assert held.lease.subnet != IPv4Network("172.17.5.0/24")
+
+
+def test_a_full_network_is_told_in_numbers(store, leases, clock):
+    for last, address in ((4, 1), (8, 2)):
+        put(store, f"10.0.0.{last}-30", b'{"PublicIP":"192.168.6.1%d"}' % address, ttl=7200)
+    put(store, "10.0.0.12-30", b'{"PublicIP":"192.168.6.60"}', ttl=None)
+    clock.advance(60)
+    with pytest.raises(Conflict) as full:
+        leases.acquire(TINY, host(ONE))
+    assert full.value.id == "pool-full"
+    assert str(full.value) == "3 of 3 subnets taken in 10.0.0.0/28 (1 reserved, oldest expiry in 1h59m)"
+
+
+def test_two_hosts_race_for_the_last_subnet_and_exactly_one_gets_it(store, clock):
+    put(store, "10.0.0.4-30", b'{"PublicIP":"192.168.6.11"}')
+    put(store, "10.0.0.8-30", b'{"PublicIP":"192.168.6.12"}')
+    outcomes = race(store, clock, TINY, [ONE, TWO])
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Acquired", "Conflict"]
+
+
+def test_fifty_hosts_at_once_get_fifty_subnets_even_where_there_are_exactly_fifty(store, clock):
+    exact = config('{"Network":"10.0.0.0/22","SubnetLen":28,"SubnetMin":"10.0.0.16","SubnetMax":"10.0.3.32"}')
+    assert exact.capacity == 50
+    outcomes = race(store, clock, exact, [IPv4Address("192.168.6.1") + n for n in range(50)])
+    assert len({outcome.lease.subnet for outcome in outcomes}) == 50
+
+
+def race(store, clock, network, addresses):
+    """All at once, each host with a client of its own."""
+    barrier, outcomes = threading.Barrier(len(addresses)), []
+
+    def run(address):
+        barrier.wait()
+        try:
+            outcomes.append(
+                Leases(store.another(), PREFIX, Dialect.V0_28, clock).acquire(network, host(address))
+            )
+        except FlanctlError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=(address,)) for address in addresses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.mark.parametrize("after_effect", [False, True])
+@pytest.mark.parametrize("step", range(1, 4))
+@pytest.mark.parametrize("had_lease", [False, True])
+def test_a_store_that_fails_at_any_step_of_acquire_leaves_one_lease_that_the_next_try_finds(
+    store, clock, step, after_effect, had_lease
+):
+    """Whatever was written before the failure names us, so trying again ends in one lease and no other."""
+    if had_lease:
+        Leases(store, PREFIX, Dialect.V0_28, clock).acquire(config(), host(ONE))
+    agent = FailAtStep(store.another(), step, after_effect)
+    leases = Leases(agent, PREFIX, Dialect.V0_28, clock)
+    got = []
+    for _ in range(3):
+        try:
+            got.append(leases.acquire(config(), host(ONE)))
+        except RegistryUnreachable:
+            continue
+    first, second = got[0], got[-1]
+    table = Leases(store, PREFIX, Dialect.V0_28, clock).table()
+    assert [lease.subnet for lease in table.leases] == [second.lease.subnet]
+    assert len(got) == 2
+    assert first.lease.subnet == second.lease.subnet
+
+
+@pytest.mark.parametrize("after_effect", [False, True])
+@pytest.mark.parametrize("step", range(1, 4))
+@pytest.mark.parametrize("harm", ["none", "deleted", "rewritten"])
+def test_a_store_that_fails_at_any_step_of_renew_keeps_our_subnet(store, clock, step, after_effect, harm):
+    healthy = Leases(store, PREFIX, Dialect.V0_28, clock)
+    held = healthy.acquire(config(), host(ONE))
+    if harm == "deleted":
+        store.delete(held.lease.key)
+    elif harm == "rewritten":
+        store.replace(held.lease.key, b'{"PublicIP":"192.168.6.2"}', ttl=60, expected=held.entry.revision)
+    agent = FailAtStep(store.another(), step, after_effect)
+    leases = Leases(agent, PREFIX, Dialect.V0_28, clock)
+    try:
+        held = leases.renew(held)
+    except RegistryUnreachable:
+        held = leases.renew(held)
+    assert [lease.subnet for lease in healthy.table().leases] == [held.lease.subnet]
+    assert store.get(held.lease.key).ttl == LEASE_TTL
+
+
+class FailAtStep:
+    """A client whose n-th call fails, once; before the work or after it."""
+
+    def __init__(self, store, step, after_effect):
+        self._store, self._step, self._after = store, step, after_effect
+
+    def __getattr__(self, name):
+        call = getattr(self._store, name)
+        if not callable(call):
+            return call
+
+        def counted(*args, **kwargs):
+            self._step -= 1
+            if self._step == 0:
+                if self._after:
+                    call(*args, **kwargs)
+                raise AWAY
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def test_a_deleted_key_comes_back_as_the_same_subnet(store, leases):
+    held = leases.acquire(config(), host(ONE))
+    store.delete(held.lease.key)
+    again = leases.renew(held)
+    assert (again.lease.subnet, again.how) == (held.lease.subnet, "again")
+
+
+def test_a_foreign_value_under_our_key_is_a_lost_lease_and_is_never_overwritten(store, leases):
+    held = leases.acquire(config(), host(ONE))
+    store.replace(held.lease.key, b'{"PublicIP":"192.168.6.77"}', ttl=60, expected=held.entry.revision)
+    with pytest.raises(LeaseLost, match=r"taken by 192\.168\.6\.77 at revision") as lost:
+        leases.renew(held)
+    assert lost.value.exit_code == 8
+    assert b"192.168.6.77" in store.get(held.lease.key).value
+
+
+def test_garbage_under_our_key_claims_nothing_and_is_put_right(store, leases):
+    held = leases.acquire(config(), host(ONE))
+    store.replace(held.lease.key, b"", ttl=None, expected=held.entry.revision)
+    again = leases.renew(held)
+    assert again.how == "again"
+    assert store.get(held.lease.key).value == held.entry.value
+
+
+def test_our_lease_made_a_reservation_by_the_operator_stays_one(store, leases):
+    held = leases.acquire(config(), host(ONE))
+    store.replace(held.lease.key, held.entry.value, ttl=None, expected=held.entry.revision)
+    again = leases.renew(held)
+    assert again.lease.reservation
+    assert store.get(held.lease.key).lease is None
+
+
+def test_renewal_comes_at_a_third_and_at_the_latest_a_margin_before_the_end():
+    for _ in range(200):
+        assert 0.9 * 28800 <= renew_after(86400, 3600) <= 1.1 * 28800
+        assert 0.9 * 600 <= renew_after(3600, 3000) <= 1.1 * 600
+        assert renew_after(60, 3600) >= 5.0  # a margin beyond the TTL must not become a busy loop
+
+
+class Kept:
+    """A keeper in a thread, with what it reported."""
+
+    def __init__(self, leases, held):
+        self.reports, self.error = [], None
+        self.keeper = Keeper(leases, held, self.reports.append)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self):
+        try:
+            self.keeper.run()
+        except FlanctlError as error:
+            self.error = error
+
+    def stop(self):
+        self.keeper.stop()
+        self.thread.join(5)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def kept(leases, clock):
+    one = Kept(leases, leases.acquire(config(), host(ONE)))
+    until(lambda: clock.waiting == 1)
+    yield one
+    one.stop()
+
+
+def test_the_keeper_renews_at_a_third_of_the_ttl(kept, clock, store):
+    clock.advance(0.89 * LEASE_TTL / 3)
+    assert kept.reports == []
+    clock.advance(0.22 * LEASE_TTL / 3)
+    until(lambda: kept.reports)
+    assert isinstance(kept.reports[0], LeaseRenewed)
+    assert store.get(kept.keeper.held.lease.key).ttl == LEASE_TTL
+
+
+def test_the_keeper_woken_by_a_deleted_key_writes_it_again(kept, store):
+    store.delete(kept.keeper.held.lease.key)
+    kept.keeper.wake()
+    until(lambda: kept.reports)
+    assert isinstance(kept.reports[0], LeaseRestored)
+
+
+def test_the_keeper_tries_through_an_outage_and_tells_both_ends(kept, clock, store):
+    store.fail("refresh", AWAY, times=3)
+    clock.advance(LEASE_TTL / 2)
+    until(lambda: (clock.advance(1.0), any(isinstance(r, LeaseRenewed) for r in kept.reports))[1])
+    kinds = [type(report) for report in kept.reports]
+    assert kinds == [RegistryTrouble] * 3 + [RegistryBack, LeaseRenewed]
+    assert kept.reports[3].tries == 3
+
+
+def test_the_keeper_ends_when_the_lease_is_lost(kept, store):
+    held = kept.keeper.held
+    store.replace(held.lease.key, b'{"PublicIP":"192.168.6.77"}', ttl=60, expected=held.entry.revision)
+    kept.keeper.wake()
+    kept.thread.join(5)
+    assert isinstance(kept.error, LeaseLost)
+
+
+@given(st.binary(max_size=60), st.text(max_size=20))
+@settings(max_examples=150)
+def test_no_key_or_value_makes_the_table_fail(value, name):
+    store = MemoryStore(FakeClock())
+    store.create(f"{PREFIX}/subnets/{name}", value, ttl=60)
+    store.create(f"{PREFIX}/subnets/172.17.1.0-24", b'{"PublicIP":"1.2.3.4"}', ttl=60)
+    table = Leases(store, PREFIX, Dialect.V0_28, FakeClock()).table()
+    assert any(lease.attributes.public_ip == IPv4Address("1.2.3.4") for lease in table.leases)
+
+
+class Hosts(RuleBasedStateMachine):
+    """Three hosts acquire, renew, restart, lose answers and sleep past their TTL, in any order."""
+
+    names = Bundle("hosts")
+
+    def __init__(self):
+        super().__init__()
+        self.clock = FakeClock()
+        self.store = MemoryStore(self.clock)
+        self.clients = [self.store.another() for _ in range(3)]
+        self.leases = [Leases(client, PREFIX, Dialect.V0_28, self.clock) for client in self.clients]
+        self.held = [None] * 3
+        self.valid_until = [0.0] * 3
+        self.last = [None] * 3
+
+    @rule(
+        host_=st.integers(0, 2),
+        fail_at=st.sampled_from([None, "list", "create", "refresh", "replace"]),
+        after=st.booleans(),
+    )
+    def acquire(self, host_, fail_at, after):
+        if fail_at:
+            self.clients[host_].fail(fail_at, AWAY, after_effect=after)
+        previous = [self.last[host_]] if self.last[host_] else []
+        before = self.clock.now()
+        try:
+            held = self.leases[host_].acquire(TINY, host(IPv4Address("10.9.9.1") + host_), previous=previous)
+        except (RegistryUnreachable, Conflict):
+            self.held[host_] = None
+        else:
+            self.held[host_] = held
+            self.last[host_] = held.lease.subnet
+            self.valid_until[host_] = before + LEASE_TTL
+        self.clients[host_]._failures.clear()
+
+    @rule(
+        host_=st.integers(0, 2),
+        fail_at=st.sampled_from([None, "create", "refresh", "replace"]),
+        after=st.booleans(),
+    )
+    def renew(self, host_, fail_at, after):
+        held = self.held[host_]
+        if held is None:
+            return
+        if fail_at:
+            self.clients[host_].fail(fail_at, AWAY, after_effect=after)
+        before = self.clock.now()
+        try:
+            renewed = self.leases[host_].renew(held)
+        except RegistryUnreachable:
+            pass
+        except LeaseLost:
+            self.held[host_] = None
+        else:
+            assert renewed.lease.subnet == held.lease.subnet, "a renewal changed the subnet in silence"
+            self.held[host_] = renewed
+            self.valid_until[host_] = before + LEASE_TTL
+        self.clients[host_]._failures.clear()
+
+    @rule(seconds=st.sampled_from([60.0, LEASE_TTL / 3, LEASE_TTL + 1]))
+    def sleep(self, seconds):
+        self.clock.advance(seconds)
+
+    @rule(host_=st.integers(0, 2))
+    def operator_deletes(self, host_):
+        """Taking a live host's key away is the one thing that may let another host in; belief in it ends."""
+        if self.held[host_] is None:
+            return
+        subnet = self.held[host_].lease.subnet
+        self.store.delete(self.held[host_].lease.key)
+        for at, held in enumerate(self.held):
+            if held is not None and held.lease.subnet == subnet:
+                self.valid_until[at] = 0.0
+
+    @invariant()
+    def never_two_who_may_both_believe(self):
+        """Hosts whose last confirmed lease has not run out hold different subnets."""
+        now = self.clock.now()
+        holders = [
+            held.lease.subnet
+            for held, end in zip(self.held, self.valid_until, strict=True)
+            if held is not None and now < end
+        ]
+        assert len(holders) == len(set(holders))
+
+    @invariant()
+    def the_registry_has_one_value_per_subnet_and_none_outside(self):
+        for entry in self.store.list(f"{PREFIX}/subnets/").entries:
+            lease = self.leases[0].read(entry)
+            assert isinstance(lease, Lease)
+            assert TINY.accepts(lease.subnet)
+
+
+Hosts.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestHosts = Hosts.TestCase

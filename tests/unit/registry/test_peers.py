@@ -1,0 +1,209 @@
+"""Every host's lease is followed; half a picture is never shown."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from ipaddress import IPv4Network
+
+import pytest
+
+from flanctl.errors import RegistryUnreachable
+from flanctl.model.dialect import Dialect
+from flanctl.registry.leases import Leases, RegistryBack, RegistryTrouble
+from flanctl.registry.peers import Follower, PeersChanged
+from flanctl.registry.stores.memory import MemoryStore
+from tests.support.clock import FakeClock
+from tests.support.deadline import until
+
+PREFIX = "/jxdd/network"
+
+
+class Followed:
+    """A follower in a thread."""
+
+    def __init__(self, store, clock):
+        self.inbox = queue.SimpleQueue()
+        self.follower = Follower(
+            Leases(store, PREFIX, Dialect.V0_28, clock), self.inbox.put, relist_seconds=600
+        )
+        self.thread = threading.Thread(target=self.follower.run)
+        self.thread.start()
+
+    def subnets(self):
+        return [str(lease.subnet) for lease in self.follower.table().leases]
+
+    def next(self, kind):
+        while True:
+            message = self.inbox.get(timeout=10)
+            if isinstance(message, kind):
+                return message
+
+    def stop(self):
+        self.follower.stop()
+        self.thread.join(5)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def store(clock):
+    return MemoryStore(clock)
+
+
+@pytest.fixture
+def follow(store, clock):
+    made = []
+
+    def start():
+        made.append(Followed(store.another(), clock))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.stop()
+
+
+def put(store, third, address=1, ttl=86400):
+    return store.create(
+        f"{PREFIX}/subnets/172.17.{third}.0-24", b'{"PublicIP":"192.168.6.%d"}' % address, ttl=ttl
+    )
+
+
+def test_the_first_table_is_complete(store, follow):
+    for third in range(100):
+        put(store, third)
+    one = follow()
+    one.next(PeersChanged)
+    assert len(one.subnets()) == 100
+
+
+def test_an_empty_network_is_reported_too_so_that_a_first_host_gets_ready(follow):
+    one = follow()
+    one.next(PeersChanged)
+    assert one.subnets() == []
+
+
+def test_new_moved_and_removed_hosts_are_seen(store, follow, clock):
+    entry = put(store, 1)
+    one = follow()
+    one.next(PeersChanged)
+    assert one.subnets() == ["172.17.1.0/24"]
+    put(store, 2, ttl=60)
+    one.next(PeersChanged)
+    assert one.subnets() == ["172.17.1.0/24", "172.17.2.0/24"]
+    store.replace(entry.key, b'{"PublicIP":"192.168.6.9"}', ttl=60, expected=entry.revision)
+    one.next(PeersChanged)
+    assert str(one.follower.table().leases[0].attributes.public_ip) == "192.168.6.9"
+    clock.advance(61)
+    until(lambda: one.subnets() == [])
+
+
+def test_a_renewal_is_no_change(store, follow):
+    entry = put(store, 1)
+    one = follow()
+    one.next(PeersChanged)
+    one.follower.table()
+    store.replace(entry.key, entry.value, ttl=86400, expected=entry.revision)
+    put(store, 2)
+    one.next(PeersChanged)
+    assert len(one.subnets()) == 2
+    assert one.inbox.empty()
+
+
+def test_a_burst_is_one_mark_until_the_table_is_fetched(store, follow):
+    one = follow()
+    one.next(PeersChanged)
+    for third in range(200):
+        put(store, third)
+    one.follower.table()
+    until(lambda: len(one.subnets()) == 200)
+    marks = 0
+    while not one.inbox.empty():
+        one.inbox.get()
+        marks += 1
+    assert marks <= 200
+
+
+def test_bad_keys_and_values_never_hide_the_others(store, follow):
+    put(store, 1)
+    one = follow()
+    one.next(PeersChanged)
+    one.follower.table()
+    store.create(f"{PREFIX}/subnets/garbage", b"\xff", ttl=None)
+    store.create(f"{PREFIX}/subnets/172.17.9.0-24", b"{", ttl=None)
+    put(store, 2)
+    until(lambda: one.subnets() == ["172.17.1.0/24", "172.17.2.0/24"])
+    assert [bad.problem for bad in one.follower.table().unreadable] == ["bad-value", "bad-key"]
+
+
+def test_after_compaction_the_difference_is_found_by_listing(store, follow):
+    put(store, 1)
+    one = follow()
+    one.next(PeersChanged)
+    one.follower.table()
+    put(store, 2)
+    store.compact()
+    until(lambda: len(one.subnets()) == 2)
+    put(store, 3)
+    until(lambda: len(one.subnets()) == 3)
+
+
+def test_an_outage_is_told_and_what_was_missed_is_found(store, clock):
+    client = store.another()
+    client.fail("list", RegistryUnreachable("no answer"), times=3)
+    one = Followed(client, clock)
+    try:
+        one.next(RegistryTrouble)
+        put(store, 1)
+        until(lambda: (clock.advance(5.0), client.calls.count("list") >= 4)[1])
+        assert one.next(RegistryBack).tries == 3
+        assert one.subnets() == ["172.17.1.0/24"]
+    finally:
+        one.stop()
+
+
+def test_the_list_is_read_again_after_ten_minutes(store, follow, clock):
+    one = follow()
+    one.next(PeersChanged)
+    until(lambda: (clock.advance(700.0), one.follower._leases.store.calls.count("list") >= 2)[1], seconds=15)
+
+
+def test_everybody_gone_at_once_is_asked_twice(store, clock):
+    """A server that lost its data answers with an empty list once; believing it would withdraw every route."""
+
+    class Forgetful:
+        def __init__(self, real):
+            self._real, self.lists = real, 0
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+        def list(self, prefix):
+            self.lists += 1
+            return self._real.list("nowhere" if self.lists == 2 else prefix)
+
+    put(store, 1)
+    forgetful = Forgetful(store.another())
+    one = Followed(forgetful, clock)
+    try:
+        one.next(PeersChanged)
+        store.compact()
+        put(store, 2)
+        store.compact()
+        until(lambda: forgetful.lists >= 3)
+        until(lambda: "172.17.1.0/24" in one.subnets())
+        assert one.follower.table().leases[0].subnet == IPv4Network("172.17.1.0/24")
+    finally:
+        one.stop()
+
+
+def test_stopping_is_prompt_and_twice_is_fine(follow):
+    one = follow()
+    one.next(PeersChanged)
+    one.stop()
+    one.stop()
