@@ -208,9 +208,11 @@ class Agent:
                 self.phase = Phase.STOPPING
                 self._notify.stopping()
                 asked = self._clock.now()
-                late = self._crew.stop(seconds=STOP_SECONDS)
+                # The backend first: its end is what the worker that watches it waits for.
                 if machine is not None:
                     machine.backend.stop()
+                late = self._crew.stop(seconds=STOP_SECONDS)
+                if machine is not None:
                     machine.close()
                 for name in late:
                     self._log.warn(f"{name} did not stop in {STOP_SECONDS:g} s")
@@ -397,7 +399,7 @@ class Agent:
 
         def watch() -> None:
             while not stop.is_set():
-                why = backend.wait(1.0)
+                why = backend.wait(60.0)
                 if why is not None and not stop.is_set():
                     self._inbox.put(PathFailed(why))
                     # The daemon rebuilds it; looking again sooner would only count the same failure twice.
