@@ -261,7 +261,7 @@ def get(effective: bool) -> None:
         if not effective and write_out() != "json":
             _print_bytes(entry)
             return
-        config = NetworkConfig.parse(entry.value, registry.dialect, name=key)
+        config = NetworkConfig.parse(entry.value, registry.dialect, name=key, strict=False)
     _print_config(config, {"key": key, "revision": entry.revision, "config": json.loads(entry.value)})
 
 
@@ -315,10 +315,13 @@ def validate(source: str | None) -> None:
 
     if source is None:
         from flanctl.commands.session import session
-        from flanctl.registry.config import read_config
+        from flanctl.registry.config import config_key, no_config
 
         with session() as registry:
-            config = read_config(registry.store, registry.prefix, registry.dialect).config
+            entry = registry.store.get(config_key(registry.prefix))
+            if entry is None:
+                raise no_config(registry.prefix)
+            config = NetworkConfig.parse(entry.value, registry.dialect, name=entry.key)
     else:
         name = "standard input" if source == "-" else source
         config = NetworkConfig.parse(_read(source), Dialect.parse(settings().text("dialect")), name=name)

@@ -131,10 +131,16 @@ class NetworkConfig:
     """Sentences about what was ignored or is odd; a warning never refuses."""
 
     @classmethod
-    def parse(cls, text: bytes | str, dialect: Dialect, *, name: str = "config") -> NetworkConfig:
-        """Read a config; `name` is the file or key for error texts. Raises ConfigError."""
+    def parse(
+        cls, text: bytes | str, dialect: Dialect, *, name: str = "config", strict: bool = True
+    ) -> NetworkConfig:
+        """Read a config; `name` is the file or key for error texts. Raises ConfigError.
+
+        Reading is lenient, writing is strict: with `strict=False`, for what a running network lives by, a key given
+        twice and an option the backend does not have are warnings, as flannel passes over both.
+        """
         decoded, at, value = json_text.parse(text, name=name, error=ConfigError)
-        return _Reader(decoded, dialect, name).config(at, value)
+        return _Reader(decoded, dialect, name, strict=strict).config(at, value)
 
     def effective(self) -> dict[str, object]:
         """The config as flannel understands it: its field names, its order, every default filled in."""
@@ -230,10 +236,11 @@ def _typed(value: object, option: _Option | None) -> object:
 class _Reader:
     """Turns the JSON text of one config into a NetworkConfig, or says where and why not."""
 
-    def __init__(self, text: str, dialect: Dialect, name: str) -> None:
+    def __init__(self, text: str, dialect: Dialect, name: str, *, strict: bool) -> None:
         self.text = text
         self.dialect = dialect
         self.name = name
+        self.strict = strict
         self.warnings: list[str] = []
 
     def wrong(self, at: int, key: str, what: str, *, hint: str | None = None) -> ConfigError:
@@ -274,7 +281,7 @@ class _Reader:
     ) -> tuple[dict[str, Member], list[Member]]:
         """The members whose key is known, under flannel's spelling, and the others.
 
-        A key that comes twice is refused: flannel takes the last without a word, and people see the first.
+        A key that comes twice is refused or warned of: flannel takes the last, and people see the first.
         """
         given: dict[str, Member] = {}
         unknown: list[Member] = []
@@ -283,9 +290,10 @@ class _Reader:
             folded = fold(member.name)
             if folded in first:
                 key = section + spelling.get(folded, show(member.name))
-                raise self.wrong(
-                    member.name_at, key, f"is given twice, first at {self.where(first[folded].name_at)}"
-                )
+                what = f"is given twice, first at {self.where(first[folded].name_at)}"
+                if self.strict:
+                    raise self.wrong(member.name_at, key, what)
+                self.warn(member.name_at, f"{key} {what}; this one counts, as in flannel")
             first[folded] = member
             if folded in spelling:
                 given[spelling[folded]] = member
@@ -452,6 +460,9 @@ class _Reader:
                 self.warn(other.name_at, f"Backend.{other.name} is never read by flannel")
                 continue
             what = f"is not an option of {backend_type}"
+            if not self.strict:
+                self.warn(other.name_at, f"Backend.{show(other.name)[1:-1]} {what}; it is passed over")
+                continue
             hint = f"its options: {', '.join(options)}" if options else "it has none"
             raise self.wrong(other.name_at, f"Backend.{show(other.name)[1:-1]}", what, hint=hint)
         values = {

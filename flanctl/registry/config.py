@@ -64,7 +64,7 @@ def read_config(store: Store, prefix: str, dialect: Dialect) -> StoredConfig:
     entry = store.get(key)
     if entry is None:
         raise no_config(prefix)
-    return StoredConfig(NetworkConfig.parse(entry.value, dialect, name=key), entry)
+    return StoredConfig(NetworkConfig.parse(entry.value, dialect, name=key, strict=False), entry)
 
 
 def write_config(store: Store, prefix: str, text: bytes, *, expected: Entry | None) -> Entry:

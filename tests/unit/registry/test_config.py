@@ -69,3 +69,14 @@ def test_two_operators_at_once_cannot_overwrite_each_other_unseen():
 def test_a_huge_config_is_refused():
     with pytest.raises(Invalid, match="larger"):
         write_config(MemoryStore(), "/p", b" " * 1_000_001, expected=None)
+
+
+def test_what_a_running_network_lives_by_is_read_as_flannel_reads_it():
+    """An operator's misspelt option or doubled key must not keep an agent from starting; `net validate` refuses it."""
+    store = MemoryStore()
+    text = b'{"Network":"10.0.0.0/8","Network":"10.1.0.0/16","Backend":{"Type":"udp","Prot":9}}'
+    store.create(config_key("/p"), text, ttl=None)
+    config = read_config(store, "/p", Dialect.V0_28).config
+    assert str(config.network) == "10.1.0.0/16"
+    assert config.udp_port == 8285
+    assert len(config.warnings) == 2
