@@ -3,17 +3,20 @@
 store = MemoryStore(clock)
 other = store.another()                                  # a second client of the same data
 other.fail("create", RegistryUnreachable("no answer"), after_effect=True)   # written, but the answer is lost
+other.fail("*", RegistryUnreachable("no answer"), skip=3)                   # the fourth call, whichever it is
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from flanctl.clock import BootClock
+from flanctl.errors import Conflict, Invalid
 from flanctl.registry.stores.store import (
     Changed,
     Compacted,
@@ -24,12 +27,12 @@ from flanctl.registry.stores.store import (
     Progress,
     Put,
     Snapshot,
+    Unreadable,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
-    from typing import Self
 
     from flanctl.clock import Clock
 
@@ -38,6 +41,11 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.05
 """Real time between two looks of a waiting watch: a fake clock's expiry rings no bell."""
 PROGRESS_SECONDS = 1.0
+"""Real time after which a watch that has nothing to tell says how far it is."""
+HISTORY = 10_000
+"""Events remembered; older ones are compacted away."""
+MAX_VALUE = 3 * 512 * 1024
+"""etcd's default --max-request-bytes, 1.5 MiB."""
 
 
 @dataclass(slots=True)
@@ -46,6 +54,7 @@ class _Data:
 
     clock: Clock
     entries: dict[str, Entry] = field(default_factory=dict)
+    unreadable: set[bytes] = field(default_factory=set)
     expiry: dict[str, float] = field(default_factory=dict)
     revision: int = 1
     history: list[Put | Delete] = field(default_factory=list)
@@ -61,15 +70,21 @@ class _Data:
         self.expiry.pop(key, None)
         if ttl is not None:
             self.expiry[key] = self.clock.now() + ttl
-        self.history.append(Put(replace(entry, ttl=None)))
-        self.changed.notify_all()
+        self.tell(Put(replace(entry, ttl=None)))
         return entry
 
     def remove(self, key: str) -> None:
         self.revision += 1
         del self.entries[key]
         self.expiry.pop(key, None)
-        self.history.append(Delete(key, self.revision))
+        self.tell(Delete(key, self.revision))
+
+    def tell(self, event: Put | Delete) -> None:
+        self.history.append(event)
+        if len(self.history) > HISTORY:
+            forgotten = self.history[: HISTORY // 2]
+            del self.history[: HISTORY // 2]
+            self.compacted = _revision(forgotten[-1])
         self.changed.notify_all()
 
     def expire(self) -> None:
@@ -85,7 +100,8 @@ class MemoryStore:
 
     def __init__(self, clock: Clock | None = None, *, _data: _Data | None = None) -> None:
         self._data = _data or _Data(clock or BootClock())
-        self._failures: dict[str, deque[tuple[Exception, bool]]] = {}
+        self._failures: dict[str, deque[tuple[Exception, bool] | None]] = {}
+        self.closed = False
         self.calls: list[str] = []
         """Every operation asked of this client, for tests that count."""
 
@@ -93,12 +109,25 @@ class MemoryStore:
         """A second client of the same data, with failures of its own."""
         return MemoryStore(_data=self._data)
 
-    def fail(self, operation: str, error: Exception, *, times: int = 1, after_effect: bool = False) -> None:
-        """Let the next `times` calls of `operation` raise; with `after_effect` the work is done all the same.
+    def fail(
+        self, operation: str, error: Exception, *, times: int = 1, skip: int = 0, after_effect: bool = False
+    ) -> None:
+        """Let `times` calls of `operation` raise, after `skip` that go well.
 
-        `*` stands for any operation. Failures of one operation are used up in the order they were asked for.
+        With `after_effect` the work is done all the same and only the answer is lost. `*` stands for any operation,
+        `event` for a watch of this client that waits or will wait. Failures of one operation are used up in the
+        order they were asked for.
         """
-        self._failures.setdefault(operation, deque()).extend([(error, after_effect)] * times)
+        with self._data.changed:
+            plan = self._failures.setdefault(operation, deque())
+            plan.extend([None] * skip)
+            plan.extend([(error, after_effect)] * times)
+            self._data.changed.notify_all()
+
+    def put_unreadable(self, key: bytes) -> None:
+        """A key that is not UTF-8, as any client of etcd can write."""
+        with self._data.changed:
+            self._data.unreadable.add(key)
 
     def compact(self) -> None:
         """Forget all events up to now, as etcd's compaction does."""
@@ -117,7 +146,8 @@ class MemoryStore:
         def act() -> Snapshot:
             found = sorted(key for key in self._data.entries if key.startswith(prefix))
             entries = tuple(replace(self._data.entries[key], ttl=None) for key in found)
-            return Snapshot(entries, self._data.revision)
+            unreadable = sorted(key for key in self._data.unreadable if key.startswith(prefix.encode()))
+            return Snapshot(entries, self._data.revision, tuple(map(Unreadable, unreadable)))
 
         return self._do("list", act)
 
@@ -129,6 +159,7 @@ class MemoryStore:
 
     def create(self, key: str, value: bytes, *, ttl: float | None) -> Entry:
         def act() -> Entry:
+            _check(key, value)
             if key in self._data.entries:
                 raise KeyExists(key, self._with_ttl(self._data.entries[key]))
             return self._data.put(key, value, ttl)
@@ -137,6 +168,7 @@ class MemoryStore:
 
     def replace(self, key: str, value: bytes, *, ttl: float | None, expected: int) -> Entry:
         def act() -> Entry:
+            _check(key, value)
             self._expect(key, expected)
             return self._data.put(key, value, ttl)
 
@@ -157,20 +189,26 @@ class MemoryStore:
         def act() -> Entry:
             self._expect(entry.key, entry.revision)
             current = self._data.entries[entry.key]
-            if current.lease is None:
+            if current.ttl != ttl:  # like etcd's keep-alive, which can only give what was granted
                 return self._data.put(entry.key, current.value, ttl)
             self._data.expiry[entry.key] = self._data.clock.now() + ttl
-            renewed = replace(current, ttl=ttl)
-            self._data.entries[entry.key] = renewed
-            return renewed
+            return current
 
         return self._do("refresh", act)
 
     def watch(self, prefix: str, *, after: int) -> MemoryWatch:
-        return self._do("watch", lambda: MemoryWatch(self._data, prefix, after))
+        return self._do("watch", lambda: MemoryWatch(self, self._data, prefix, after))
 
     def close(self) -> None:
-        """Nothing to let go of: watches end by themselves when they are closed."""
+        """End the watches of this client; the data stays for others."""
+        with self._data.changed:
+            self.closed = True
+            self._data.changed.notify_all()
+
+    def raise_if_told(self, operation: str) -> None:
+        """Raise what `fail` asked for. For the watch, which shares its client's failures."""
+        if failure := self._failure(operation):
+            raise failure[0]
 
     def _expect(self, key: str, revision: int) -> None:
         current = self._data.entries.get(key)
@@ -188,27 +226,37 @@ class MemoryStore:
         alive = current is not None and current.lease == entry.lease
         return replace(entry, ttl=self._data.expiry[entry.key] - self._data.clock.now() if alive else 0.0)
 
+    def _failure(self, operation: str) -> tuple[Exception, bool] | None:
+        names = (operation,) if operation == "event" else (operation, "*")
+        for name in names:
+            if plan := self._failures.get(name):
+                return plan.popleft()
+        return None
+
     def _do(self, operation: str, act: Callable[[], T]) -> T:
         with self._data.changed:
             self.calls.append(operation)
             self._data.expire()
-            waiting = self._failures.get(operation) or self._failures.get("*")
-            if not waiting:
+            failure = self._failure(operation)
+            if failure is None:
                 return act()
-            error, after_effect = waiting.popleft()
+            error, after_effect = failure
             if after_effect:
-                act()
+                try:
+                    act()
+                except Conflict:
+                    pass  # this answer is lost too
             raise error
 
 
 class MemoryWatch:
     """Events after a revision, from the shared history."""
 
-    def __init__(self, data: _Data, prefix: str, after: int) -> None:
+    def __init__(self, client: MemoryStore, data: _Data, prefix: str, after: int) -> None:
+        self._client = client
         self._data = data
         self._prefix = prefix
         self._seen = after
-        self._closed = False
         self._ended = False
 
     def __iter__(self) -> MemoryWatch:
@@ -217,21 +265,19 @@ class MemoryWatch:
     def __next__(self) -> Event:
         with self._data.changed:
             waited = 0.0
-            while not (self._closed or self._ended):
+            while not (self._ended or self._client.closed):
+                self._client.raise_if_told("event")
                 self._data.expire()
                 if self._seen < self._data.compacted:
                     self._ended = True
                     return Compacted(self._data.compacted)
-                for event in self._data.history:
-                    key, revision = _of(event)
-                    if revision <= self._seen:
-                        continue
-                    self._seen = revision
-                    if key.startswith(self._prefix):
+                history = self._data.history
+                for event in history[bisect_right(history, self._seen, key=_revision) :]:
+                    self._seen = _revision(event)
+                    if _key(event).startswith(self._prefix):
                         return event
-                self._seen = max(self._seen, self._data.revision)
                 if waited >= PROGRESS_SECONDS:
-                    return Progress(self._seen)
+                    return Progress(self._data.revision)
                 self._data.changed.wait(LOOK_SECONDS)
                 waited += LOOK_SECONDS
             raise StopIteration
@@ -246,10 +292,20 @@ class MemoryWatch:
 
     def close(self) -> None:
         with self._data.changed:
-            self._closed = True
+            self._ended = True
             self._data.changed.notify_all()
 
 
-def _of(event: Put | Delete) -> tuple[str, int]:
-    """Key and revision."""
-    return (event.entry.key, event.entry.revision) if isinstance(event, Put) else (event.key, event.revision)
+def _check(key: str, value: bytes) -> None:
+    if not key:
+        raise Invalid("the store refuses an empty key")
+    if len(value) > MAX_VALUE:
+        raise Invalid(f"the store refuses a value of {len(value)} bytes for {key}, at most {MAX_VALUE}")
+
+
+def _key(event: Put | Delete) -> str:
+    return event.entry.key if isinstance(event, Put) else event.key
+
+
+def _revision(event: Put | Delete) -> int:
+    return event.entry.revision if isinstance(event, Put) else event.revision
