@@ -1,0 +1,296 @@
+"""Real etcd servers: Debian's 3.4 and a 3.7 built from tests/etcd-server, one or three members.
+
+with Cluster("3.7", members=3, folder=tmp_path) as cluster:
+    cluster.kill(cluster.leader())
+    cluster.etcdctl("put", "/a", "1")
+
+Everything listens on ephemeral ports; every process is ended by its pid and waited for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from tests.support.deadline import until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Version = Literal["3.4", "3.7"]
+
+START_SECONDS = 40.0
+"""Shared, slow machines; a healthy cluster of three is up in 2 s."""
+
+
+@dataclass(slots=True)
+class _Member:
+    name: str
+    host: str
+    client: int  # port
+    peer: int  # port
+    prefix: tuple[str, ...]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    frozen: bool = False
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{self.host}:{self.client}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.prefix, *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C in pytest ends the tests, and these by their pid
+            )
+
+    def end(self) -> None:
+        """SIGKILL, which reaches a frozen process too; data is for this test only."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.process, self.frozen = None, False
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None, f"{self.name} does not run"
+        os.kill(self.process.pid, number)
+        self.frozen = number == signal.SIGSTOP
+
+
+class Cluster:
+    """One or three members. `host` is where clients and peers reach them, one for all or one each.
+
+    `prefix` is put before each member's command (`nsenter --net=… --`; it must exec, so that the pid stays ours),
+    one for all or one each. `extra` are more etcd options for every member.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        members: int = 1,
+        *,
+        folder: Path,
+        host: str | Sequence[str] = "127.0.0.1",
+        prefix: Sequence[str] | Sequence[Sequence[str]] = (),
+        v2: bool = False,
+        extra: Sequence[str] = (),
+    ) -> None:
+        assert not (v2 and version != "3.4"), "etcd 3.7 has no v2"
+        self.version = version
+        self.folder = folder
+        self._v2 = v2
+        self._extra = tuple(extra)
+        hosts = [host] * members if isinstance(host, str) else list(host)
+        prefixes = _each(prefix, members)
+        assert len(hosts) == len(prefixes) == members
+        folder.mkdir(parents=True, exist_ok=True)
+        ports = _free_ports(2 * members)
+        self._members = [
+            _Member(f"etcd{i}", hosts[i], ports[2 * i], ports[2 * i + 1], prefixes[i], folder)
+            for i in range(members)
+        ]
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        return tuple(member.endpoint for member in self._members)
+
+    def __enter__(self) -> Self:
+        peers = ",".join(f"{m.name}=http://{m.host}:{m.peer}" for m in self._members)
+        try:
+            for member in self._members:
+                shutil.rmtree(self.folder / member.name, ignore_errors=True)
+                member.arguments = self._command(member, peers)
+                member.start()
+            self.wait()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for member in self._members:
+            member.end()
+            shutil.rmtree(self.folder / member.name, ignore_errors=True)
+
+    def kill(self, index: int) -> None:
+        self._members[index].end()
+
+    def restart(self, index: int) -> None:
+        """Start again on the same data, after a kill or instead of one; returns when it is healthy."""
+        self._members[index].end()
+        self._members[index].start()
+        self.wait()
+
+    def freeze(self, index: int) -> None:
+        """A hung host: connections stay, nothing answers."""
+        self._members[index].send(signal.SIGSTOP)
+
+    def thaw(self, index: int) -> None:
+        self._members[index].send(signal.SIGCONT)
+
+    def pid(self, index: int) -> int:
+        process = self._members[index].process
+        assert process is not None
+        return process.pid
+
+    def leader(self) -> int:
+        """The index of the member the living ones follow; waits for an election to end."""
+
+        def look() -> int | None:
+            for index, member in self._living():
+                status = self._try(member, "endpoint", "status", "--write-out=json")
+                if status is None:
+                    continue
+                answer = json.loads(status)[0]["Status"]
+                if answer.get("leader", 0) == answer["header"]["member_id"]:
+                    return index + 1
+            return None
+
+        found = until(look, seconds=START_SECONDS, what="the cluster has a leader")
+        assert found is not None
+        return found - 1
+
+    def etcdctl(self, *arguments: str) -> str:
+        """What etcdctl (v3) prints, asked through the living members."""
+        living = self._living()
+        assert living, "no member lives"
+        return self._etcdctl(living[0][1], *arguments, endpoints=[m.endpoint for _, m in living])
+
+    def wait(self) -> None:
+        """Until every living member answers a read through consensus."""
+        deadline = time.monotonic() + START_SECONDS
+        for _, member in self._living():
+            left = max(1.0, deadline - time.monotonic())
+            until(functools.partial(self._healthy, member), seconds=left, what=f"{member.name} is healthy")
+
+    def _healthy(self, member: _Member) -> bool:
+        assert member.process is not None
+        if (status := member.process.poll()) is not None:
+            tail = member.log.read_text(errors="replace")[-2000:]
+            raise AssertionError(f"{member.name} ended with {status}:\n{tail}")
+        return self._try(member, "endpoint", "health") is not None
+
+    def _living(self) -> list[tuple[int, _Member]]:
+        return [(i, m) for i, m in enumerate(self._members) if m.process is not None and not m.frozen]
+
+    def _try(self, member: _Member, *arguments: str) -> str | None:
+        try:
+            return self._etcdctl(member, *arguments)
+        except subprocess.CalledProcessError:
+            return None
+
+    def _etcdctl(self, member: _Member, *arguments: str, endpoints: Sequence[str] = ()) -> str:
+        where = ",".join(endpoints) or member.endpoint
+        command = [*member.prefix, "etcdctl", f"--endpoints={where}", "--command-timeout=5s", *arguments]
+        return subprocess.run(
+            command,
+            env={**os.environ, "ETCDCTL_API": "3"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    def _command(self, member: _Member, peers: str) -> list[str]:
+        client, peer = member.endpoint, f"http://{member.host}:{member.peer}"
+        return [
+            _binary(self.version),
+            f"--name={member.name}",
+            f"--data-dir={self.folder / member.name}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster={peers}",
+            "--initial-cluster-state=new",
+            "--logger=zap",
+            "--log-outputs=stderr",
+            "--unsafe-no-fsync",
+            *(["--enable-v2"] if self._v2 else []),
+            *self._extra,
+        ]
+
+
+def _each(prefix: Sequence[str] | Sequence[Sequence[str]], members: int) -> list[tuple[str, ...]]:
+    if all(isinstance(word, str) for word in prefix):
+        return [tuple(str(word) for word in prefix)] * members
+    return [tuple(one) for one in prefix]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports nobody holds now, all held together while choosing so that they differ."""
+    held = [socket.socket() for _ in range(count)]
+    try:
+        for one in held:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in held]
+    finally:
+        for one in held:
+            one.close()
+
+
+def _binary(version: Version) -> str:
+    if version == "3.4":
+        return "etcd"
+    return os.environ.get("FLANCTL_ETCD37") or str(_built())
+
+
+def _built() -> Path:
+    """The 3.7 server, built into .cache once per state of its sources; several runs at once build it once."""
+    root = _repository()
+    sources = root / "tests" / "etcd-server"
+    names = ("go.mod", "go.sum", "main.go")
+    digest = hashlib.sha256(b"".join((sources / name).read_bytes() for name in names)).hexdigest()[:16]
+    folder = root / ".cache" / f"etcd-{digest}"
+    binary = folder / "etcd"
+    if binary.exists():
+        return binary
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not binary.exists():
+            build = ["go", "build", "-trimpath", "-ldflags=-s -w", "-buildvcs=false", "-o"]
+            new = folder / "etcd.new"
+            done = subprocess.run(
+                [*build, str(new), "."],
+                cwd=sources,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"etcd 3.7 does not build:\n{done.stderr[-4000:]}"
+            new.rename(binary)
+    return binary
+
+
+def _repository() -> Path:
+    """The folder that holds pyproject.toml, from wherever pytest was started below it."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "tests" / "etcd-server" / "go.mod").exists():
+            return folder
+    raise AssertionError(f"{here} is not in the repository")
