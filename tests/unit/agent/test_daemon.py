@@ -1,0 +1,709 @@
+"""The agent's life, with a backend, a machine and a registry of this process: no root, no namespace, no sleep.
+
+main thread: agent.run()          script thread: changes the registry, waits for what must follow, SIGTERM
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import StringIO
+from ipaddress import IPv4Address, IPv4Network
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flanctl.agent import state as state_file
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes
+from flanctl.agent.daemon import PATH_FAILURES, Agent, LinkChanged, Options, PathFailed, Phase, lock
+from flanctl.agent.kernel.fake import FakeKernel
+from flanctl.agent.log import Log
+from flanctl.agent.notify import Notify
+from flanctl.agent.state import State
+from flanctl.agent.underlay import Underlay
+from flanctl.errors import Conflict, FlanctlError, LeaseLost, NotFound, NotPermitted, RegistryUnreachable
+from flanctl.model.dialect import Dialect
+from flanctl.registry.stores.memory import MemoryStore
+from tests.support.clock import FakeClock
+from tests.support.deadline import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+PREFIX = "/jxdd/network"
+SUBNETS = f"{PREFIX}/subnets/"
+OWN_IP = IPv4Address("192.168.66.11")
+AWAY = RegistryUnreachable("no answer")
+
+
+class FakeBackend:
+    """Does what the daemon tells it and writes it down."""
+
+    data_path = "userspace"
+    mtu = 1472
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self.applied: list[tuple[str, ...]] = []
+        self.reports: list[ApplyReport] = []
+        self.totals: dict[str, int] = {}
+        self.ends: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.pause = threading.Event()
+        self.pause.set()
+
+    def check(self) -> None:
+        self._note("check")
+
+    def prepare(self) -> BackendAttributes:
+        self._note("prepare")
+        return BackendAttributes()
+
+    def start(self, subnet: IPv4Network) -> None:
+        self._note("start")
+
+    def apply(self, peers):
+        self._note("apply")
+        self.applied.append(tuple(str(peer.subnet) for peer in peers))
+        assert self.pause.wait(10)
+        return self.reports.pop(0) if self.reports else ApplyReport(len(peers))
+
+    def counters(self) -> dict[str, int]:
+        return dict(self.totals)
+
+    def wait(self, seconds: float) -> str | None:
+        try:
+            return self.ends.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def stop(self) -> None:
+        self._note("stop")
+        self.ends.put(None)
+
+
+@dataclass
+class FakeRules:
+    note: Callable[[str], None]
+    asked: list[dict[str, bool]] = field(default_factory=list)
+    answers: list[tuple[str, ...] | FlanctlError] = field(default_factory=list)
+
+    def ensure(self, *, masq: bool, forward: bool) -> tuple[str, ...]:
+        self.note("rules")
+        self.asked.append({"masq": masq, "forward": forward})
+        answer = self.answers.pop(0) if self.answers else ()
+        if isinstance(answer, FlanctlError):
+            raise answer
+        return answer
+
+
+class FakeMachine:
+    def __init__(self, house: House, config) -> None:
+        kernel = FakeKernel()
+        link = kernel.add_link("eth0", addresses=("192.168.66.11/24",))
+        kernel.close()
+        self._house = house
+        self.config = config
+        self.warnings = ("forwarding is off",)
+        self.underlay = Underlay(link, OWN_IP, OWN_IP, 1500, "chosen by the test", (), ())
+        self.backend = house.backend
+
+    def rules(self, subnet: IPv4Network) -> FakeRules:
+        return self._house.rules
+
+    def link_watch(self, changed):
+        return self._house.monitor, self._house.monitor_stopped.set
+
+    def close(self) -> None:
+        self._house.note("close")
+
+
+class House:
+    """One host's agent and all that is around it. `fail_at` lets the n-th step of the machine raise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = FakeClock()
+        self.registry = MemoryStore(self.clock)
+        self.subnet_file = folder / "run" / "subnet.env"
+        self.agents = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """The same host after its agent ended: files and registry stay."""
+        self.agents += 1
+        self.steps: list[str] = []
+        self.failures: dict[str, BaseException] = {}
+        self.text = StringIO()
+        self.backend = FakeBackend(self.note)
+        self.rules = FakeRules(self.note)
+        self.monitor_stopped = threading.Event()
+        self.monitor: Callable[[], object] = self.monitor_stopped.wait
+        self.store = self.registry.another()
+        self.agent = Agent(
+            Options(PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0),
+            store=self.store,
+            dialect=Dialect.V0_28,
+            look=lambda config: FakeMachine(self, config),  # type: ignore[arg-type,return-value]
+            log=Log(self.text, journal=False),
+            notify=Notify(f"@flanctl-test-{os.getpid()}"),
+            clock=self.clock,
+        )  # fmt: skip
+
+    def note(self, step: str) -> None:
+        self.steps.append(step)
+        if (error := self.failures.pop(step, None)) is not None:
+            raise error
+
+    def configure(self, text: bytes = b'{"Network":"172.17.0.0/16"}') -> None:
+        self.registry.create(f"{PREFIX}/config", text, ttl=None)
+
+    def peer(self, number: int, value: bytes | None = None) -> str:
+        """A lease of another host for 172.17.<number>.0/24; its key."""
+        key = f"{SUBNETS}172.17.{number}.0-24"
+        self.registry.create(key, value or b'{"PublicIP":"192.168.66.%d"}' % (100 + number % 100), ttl=86400)
+        return key
+
+    def ours(self) -> list[str]:
+        """Keys of the leases that name us."""
+        return [e.key for e in self.registry.list(SUBNETS).entries if b'"192.168.66.11"' in e.value]
+
+    def log(self) -> str:
+        return self.text.getvalue()
+
+    def said(self, words: str) -> None:
+        until(lambda: words in self.log(), what=f"{words!r} in\n{self.log()}")
+
+    def ready(self) -> None:
+        until(lambda: self.agent.phase is Phase.READY, what="ready")
+
+    def live(self, script: Callable[[], None]) -> None:
+        """Run the agent here while `script` runs beside it; then SIGTERM. Raises what either raised."""
+        trouble: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                script()
+            except BaseException as error:
+                trouble.append(error)
+            finally:
+                self.backend.pause.set()
+                if self.agent.phase is not Phase.STOPPED:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        beside = threading.Thread(target=play)
+        former = signal.signal(signal.SIGTERM, lambda *_: None)  # the script may end before the agent listens
+        try:
+            beside.start()
+            self.agent.run()
+        finally:
+            until(lambda: not beside.is_alive(), what="the script's end")
+            signal.signal(signal.SIGTERM, former)
+        if trouble:
+            raise trouble[0]
+
+    def live_until_ready(self) -> None:
+        self.live(self.ready)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    built = House(tmp_path)
+    built.configure()
+    return built
+
+
+@pytest.fixture
+def empty_house(tmp_path: Path) -> House:
+    """No config in its registry."""
+    return House(tmp_path)
+
+
+@contextmanager
+def systemd() -> Iterator[Callable[[], list[str]]]:
+    """What systemd hears: a function that answers every datagram so far."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(f"\0flanctl-test-{os.getpid()}")
+        channel.setblocking(False)
+        heard: list[str] = []
+
+        def read() -> list[str]:
+            try:
+                while True:
+                    heard.append(channel.recv(4096).decode())
+            except BlockingIOError:
+                return heard
+
+        yield read
+
+
+# ---- start ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_start_looks_then_acts_and_stopping_ends_the_backend_before_all_else(house):
+    house.live_until_ready()
+    assert house.steps == ["check", "prepare", "start", "apply", "rules", "stop", "close"]
+    assert house.rules.asked == [{"masq": True, "forward": True}]
+    assert house.agent.phase is Phase.STOPPED
+
+
+def test_subnet_env_is_written_after_the_first_peer_list_is_applied_and_READY_after_that(house):
+    house.peer(9)
+    house.backend.pause.clear()
+    with systemd() as heard:
+
+        def script():
+            until(lambda: house.backend.applied)
+            assert house.ours()
+            assert not house.subnet_file.exists()
+            assert not any("READY=1" in text for text in heard())
+            house.backend.pause.set()
+            until(lambda: any(text.startswith("READY=1\nSTATUS=network=") for text in heard()))
+            assert house.subnet_file.exists()
+
+        house.live(script)
+        assert heard()[-1].startswith("STOPPING=1")
+    assert house.backend.applied == [("172.17.9.0/24",)]
+
+
+def test_subnet_env_is_flannels_four_lines(house):
+    house.peer(9)
+    house.live_until_ready()
+    subnet = house.ours()[0].removeprefix(SUBNETS).removesuffix(".0-24")
+    assert house.subnet_file.read_bytes() == (
+        b"FLANNEL_NETWORK=172.17.0.0/16\nFLANNEL_SUBNET=%b.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
+        % subnet.encode()
+    )
+
+
+def test_what_is_doubtful_is_said_before_anything_is_done(house):
+    house.live_until_ready()
+    lines = house.log().splitlines()
+    assert next(i for i, line in enumerate(lines) if "forwarding is off" in line) < next(
+        i for i, line in enumerate(lines) if "lease 172.17." in line
+    )
+
+
+def test_a_stop_keeps_the_lease_and_says_so(house):
+    house.live_until_ready()
+    assert len(house.ours()) == 1
+    assert "reason=SIGTERM lease=kept" in house.log()
+
+
+@pytest.mark.parametrize("step", ["check", "prepare", "start", "apply"])
+def test_a_step_that_fails_is_the_error_and_the_next_start_takes_the_same_subnet(house, step):
+    house.failures[step] = NotPermitted(f"{step} is not for you")
+    with pytest.raises(NotPermitted, match=f"{step} is not for you"):
+        house.live(lambda: until(lambda: house.agent.phase is Phase.STOPPED))
+    assert house.steps[-2:] == ["stop", "close"]
+    assert "reason=failure" in house.log()
+    written = house.ours()
+    assert bool(written) == (step in {"start", "apply"})
+    house.renew()
+    house.live_until_ready()
+    assert len(house.ours()) == 1
+    assert not written or house.ours() == written
+
+
+def test_a_check_writes_nothing_anywhere_and_lets_go_of_everything(house, tmp_path):
+    house.agent.check()
+    assert house.steps == ["check", "stop", "close"]
+    assert set(house.store.calls) == {"get"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_that_fails_lets_go_as_well(house):
+    house.failures["check"] = Conflict("taken")
+    with pytest.raises(Conflict, match="taken"):
+        house.agent.check()
+    assert house.steps == ["check", "stop", "close"]
+
+
+# ---- which subnet ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forgotten", ["lease", "lease and subnet.env", "lease and state", "files"])
+def test_a_restart_takes_the_same_subnet_from_whatever_memory_is_left(house, forgotten):
+    house.live_until_ready()
+    (had,) = house.ours()
+    if "lease" in forgotten:
+        house.registry.delete(had)
+    if "subnet.env" in forgotten or forgotten == "files":
+        house.subnet_file.unlink()
+    if "state" in forgotten or forgotten == "files":
+        (house.folder / "state" / "state.json").unlink()
+    house.renew()
+    house.live_until_ready()
+    assert house.ours() == [had]
+    assert (" again " if "lease" in forgotten else " kept ") in house.log()
+
+
+def test_the_state_of_another_network_is_no_memory_of_this_one(house):
+    state_file.save(house.folder / "state", State("x" * 32, "/other/network", IPv4Network("172.17.200.0/24")))
+    house.live_until_ready()
+    assert house.ours() != [f"{SUBNETS}172.17.200.0-24"]
+    remembered = state_file.load(house.folder / "state")
+    assert remembered is not None
+    assert (remembered.prefix, remembered.instance) == (PREFIX, "x" * 32)
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "words"),
+    [
+        ("state/state.json", b"{", "starting a new one"),
+        ("state/state.json", b"", "starting a new one"),
+        ("run/subnet.env", b"FLANNEL_NETWORK=172.17.0.0/16\nFLANNEL_SUB", "is not used"),
+        ("run/subnet.env", b"\0\xff", "is not used"),
+    ],
+)
+def test_a_memory_that_cannot_be_read_is_said_and_the_agent_starts(house, place, content, words):
+    path = house.folder / place
+    path.parent.mkdir()
+    path.write_bytes(content)
+    house.live_until_ready()
+    assert words in house.log()
+    assert len(house.ours()) == 1
+
+
+# ---- waiting for the registry ---------------------------------------------------------------------------------------
+
+
+def test_without_a_config_it_waits_says_for_what_and_a_stop_ends_that_at_once(empty_house):
+    house = empty_house
+    with systemd() as heard:
+        house.live(lambda: house.said("waiting: "))
+        assert any(
+            f"waiting for {PREFIX}/config" in text and "EXTEND_TIMEOUT_USEC=" in text for text in heard()
+        )
+    assert "try=" in house.log()
+    assert house.steps == []
+    assert not house.subnet_file.exists()
+
+
+def test_a_config_that_comes_later_is_found(empty_house):
+    house = empty_house
+
+    def script():
+        house.said("waiting: ")
+        house.configure()
+        until(lambda: house.clock.waiting)
+        house.clock.advance(5)
+        house.ready()
+
+    house.live(script)
+
+
+def test_a_registry_that_does_not_answer_is_waited_for_and_said_once_a_minute(house):
+    house.store.fail("get", AWAY, times=3)
+
+    def script():
+        for tries in range(3):
+            until(lambda tries=tries: house.clock.waiting and house.store.calls.count("get") == tries + 1)
+            house.clock.advance(5)
+        house.ready()
+
+    house.live(script)
+    assert house.log().count("waiting: no answer") == 1
+
+
+@pytest.mark.parametrize("operation", ["list", "create"])
+@pytest.mark.parametrize("after_effect", [False, True])
+def test_an_outage_while_leasing_is_waited_out_and_leaves_one_lease(house, operation, after_effect):
+    house.store.fail(operation, AWAY, after_effect=after_effect)
+
+    def script():
+        house.said("waiting: no answer")
+        until(lambda: house.clock.waiting)
+        house.clock.advance(5)
+        house.ready()
+
+    house.live(script)
+    assert len(house.ours()) == 1
+
+
+def test_a_config_that_cannot_be_understood_ends_it_at_once(empty_house):
+    empty_house.configure(b'{"Network":"172.17.0.0/33"}')
+    with pytest.raises(FlanctlError) as caught:
+        empty_house.live(lambda: until(lambda: empty_house.agent.phase is Phase.STOPPED))
+    assert caught.value.exit_code == 6
+    assert empty_house.steps == []
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_burst_of_events_is_one_apply(house):
+    house.backend.pause.clear()
+
+    def script():
+        until(lambda: house.backend.applied)
+        for number in range(1, 61):
+            if f"{SUBNETS}172.17.{number}.0-24" not in house.ours():
+                house.peer(number)
+        # The follower has seen the last: all are in its table, one mark waits in the inbox.
+        until(lambda: len(house.agent._follower._known) >= 60)
+        house.backend.pause.set()
+        until(lambda: len(house.backend.applied) > 1)
+        house.ready()
+
+    house.live(script)
+    assert [len(peers) for peers in house.backend.applied][:2] in ([0, 60], [0, 59])
+    assert len(house.backend.applied) == 2
+    assert "peers changed added=" in house.log()
+
+
+def test_a_renewal_by_rewriting_the_same_value_moves_nothing(house):
+    first = house.peer(9)
+
+    def script():
+        house.ready()
+        entry = house.registry.get(first)
+        house.registry.replace(first, entry.value, ttl=86400, expected=entry.revision)
+        house.peer(10)
+        until(lambda: "172.17.10.0/24" in house.backend.applied[-1])
+
+    house.live(script)
+    assert house.backend.applied == [("172.17.9.0/24",), ("172.17.9.0/24", "172.17.10.0/24")]
+
+
+def test_peers_that_come_go_and_move_are_said_and_applied(house):
+    def script():
+        house.ready()
+        key = house.peer(9)
+        house.said("peer added subnet=172.17.9.0/24 public-ip=192.168.66.109")
+        entry = house.registry.get(key)
+        house.registry.replace(key, b'{"PublicIP":"192.168.66.77"}', ttl=86400, expected=entry.revision)
+        house.said("peer added subnet=172.17.9.0/24 public-ip=192.168.66.77")
+        house.said("peer removed subnet=172.17.9.0/24 public-ip=192.168.66.109")
+        house.registry.delete(key)
+        until(lambda: house.backend.applied[-1] == ())
+
+    house.live(script)
+
+
+def test_an_expired_peer_goes_without_a_word_from_it(house):
+    house.registry.create(f"{SUBNETS}172.17.9.0-24", b'{"PublicIP":"192.168.66.99"}', ttl=30)
+
+    def script():
+        house.ready()
+        house.clock.advance(31)
+        until(lambda: house.backend.applied[-1] == ())
+
+    house.live(script)
+
+
+def test_a_key_that_cannot_be_read_is_said_once_and_hides_no_peer(house):
+    house.registry.create(f"{SUBNETS}not-a-subnet", b"{}", ttl=None)
+    house.registry.create(f"{SUBNETS}172.17.8.0-24", b"{nonsense", ttl=None)
+
+    def script():
+        house.ready()
+        for number in (20, 21, 22):
+            house.peer(number)
+            until(lambda number=number: f"172.17.{number}.0/24" in house.backend.applied[-1])
+
+    house.live(script)
+    assert house.log().count("skipped unreadable key") == 2
+    assert house.log().count("not-a-subnet") >= 1
+    assert house.backend.applied[-1] == ("172.17.20.0/24", "172.17.21.0/24", "172.17.22.0/24")
+
+
+# ---- our lease ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_taken_by_another_host_ends_the_agent_loudly(house):
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        entry = house.registry.get(key)
+        house.registry.replace(key, b'{"PublicIP":"192.168.66.99"}', ttl=86400, expected=entry.revision)
+        until(lambda: house.agent.phase is Phase.STOPPED)
+
+    with pytest.raises(LeaseLost, match=r"taken by 192\.168\.66\.99 at revision \d+") as lost:
+        house.live(script)
+    assert lost.value.exit_code == 8
+    assert house.steps[-2:] == ["stop", "close"]
+
+
+def test_a_deleted_lease_is_written_again_with_the_same_subnet(house):
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        house.registry.delete(key)
+        house.said("had disappeared, written again")
+        assert house.ours() == [key]
+
+    house.live(script)
+
+
+def test_a_lease_is_renewed_well_before_its_end(house):
+    def script():
+        house.ready()
+        until(lambda: house.clock.waiting)
+        house.clock.advance(86400 / 3 * 1.2)
+        house.said(" renewed ttl=24.0h")
+
+    house.live(script)
+
+
+def test_an_outage_later_is_said_and_its_end_too(house):
+    def script():
+        house.ready()
+        until(lambda: house.clock.waiting)
+        house.store.fail("refresh", AWAY, times=1)
+        house.clock.advance(86400 / 3 * 1.2)
+        house.said("registry: no answer; packets go on flowing")
+        until(lambda: house.clock.waiting)
+        house.clock.advance(5)
+        house.said("registry answers again")
+
+    house.live(script)
+
+
+# ---- what else may happen -------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_breaks_is_the_error_that_ends_the_agent(house):
+    def broken():
+        raise ZeroDivisionError("in the link monitor")
+
+    house.monitor = broken
+    with pytest.raises(ZeroDivisionError, match="in the link monitor"):
+        house.live(lambda: until(lambda: house.agent.phase is Phase.STOPPED))
+    assert house.steps[-2:] == ["stop", "close"]
+
+
+def test_a_worker_that_ends_by_itself_is_an_error_with_its_name(house):
+    house.monitor = lambda: None
+    with pytest.raises(FlanctlError, match="link monitor ended though nobody asked it to"):
+        house.live(lambda: until(lambda: house.agent.phase is Phase.STOPPED))
+
+
+def test_a_change_of_the_device_makes_an_apply_and_repairs_are_said(house):
+    def script():
+        house.ready()
+        house.backend.reports.append(ApplyReport(0, ("mtu of flannel0 was 9, set to 1472",)))
+        house.agent._inbox.put(LinkChanged())
+        house.said("repaired: mtu of flannel0 was 9, set to 1472")
+
+    house.live(script)
+
+
+def test_every_resync_compares_device_and_rules_anew(house):
+    def script():
+        house.ready()
+        house.rules.answers = [("rules were gone",)]
+        house.clock.advance(5)
+        house.agent._inbox.put(LinkChanged())
+        house.said("repaired: rules were gone")
+
+    house.live(script)
+
+
+def test_rules_that_cannot_be_written_are_said_once_and_packets_flow_anyway(house):
+    house.rules.answers = [FlanctlError("the program iptables is not installed")] * 3
+
+    def script():
+        house.ready()
+        for count in (2, 3):
+            house.clock.advance(5)
+            house.agent._inbox.put(LinkChanged())
+            until(lambda count=count: len(house.rules.asked) >= count)
+
+    house.live(script)
+    assert house.log().count("the program iptables is not installed") == 1
+
+
+def test_a_data_plane_that_fails_is_built_again_and_given_up_after_five_times_in_a_row(house):
+    def script():
+        house.ready()
+        house.backend.reports = [ApplyReport(0, ("started anew",))] * 9
+        for count in range(1, PATH_FAILURES + 1):
+            house.agent._inbox.put(PathFailed("EIO"))
+            house.said(f"ended by itself error=EIO times={count}")
+
+    with pytest.raises(FlanctlError, match=f"failed {PATH_FAILURES} times in a row: EIO") as ended:
+        house.live(script)
+    assert ended.value.id == "data-path"
+
+
+def test_a_data_plane_that_ends_is_noticed_without_a_question(house):
+    def script():
+        house.ready()
+        house.backend.ends.put("the worker panicked")
+        house.said('ended by itself error="the worker panicked" times=1')
+        until(lambda: len(house.backend.applied) == 2)
+
+    house.live(script)
+
+
+def test_a_flood_of_refused_packets_is_one_line_with_their_sum(house):
+    def script():
+        house.ready()
+        house.backend.totals = {"in_packets": 7, "drop_unknown_sender": 1000}
+        house.clock.advance(5)
+        house.agent._inbox.put(LinkChanged())
+        house.said("packets dropped reason=unknown_sender count=1000 total=1000")
+        house.backend.totals = {"in_packets": 7, "drop_unknown_sender": 5000}
+        house.clock.advance(5)
+        house.agent._inbox.put(LinkChanged())
+        until(lambda: len(house.backend.applied) == 3)
+        house.clock.advance(60)
+        house.agent._inbox.put(LinkChanged())
+        house.said("packets dropped reason=unknown_sender count=4000 total=5000")
+
+    house.live(script)
+    assert house.log().count("packets dropped") == 2
+
+
+def test_sigusr1_logs_the_counters(house):
+    house.backend.totals = {"in_packets": 7, "out_packets": 0, "drop_short": 2}
+
+    def script():
+        house.ready()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        house.said("counters in-packets=7 drop-short=2")
+
+    house.live(script)
+
+
+def test_a_second_stop_while_stopping_is_no_error(house):
+    stopping = threading.Event()
+    stop = house.backend.stop
+
+    def slow() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.set()
+        stop()
+
+    house.backend.stop = slow
+    house.live_until_ready()
+    assert stopping.is_set()
+    assert house.steps[-2:] == ["stop", "close"]
+
+
+# ---- one agent per run directory ------------------------------------------------------------------------------------
+
+
+def test_a_second_agent_is_refused_by_pid_before_it_looks(house):
+    with lock(house.folder / "lock"), pytest.raises(Conflict, match=rf"pid {os.getpid()}") as refused:
+        house.agent.run()
+    assert refused.value.exit_code == 5
+    assert (house.steps, house.store.calls) == ([], [])
+
+
+def test_a_run_directory_without_a_parent_is_not_made(house):
+    with pytest.raises(NotFound, match="there is no directory"), lock(house.folder / "no" / "such"):
+        pass
+    assert not (house.folder / "no").exists()
+
+
+def test_the_lock_of_a_dead_agent_holds_nobody_up(house):
+    (house.folder / "lock").mkdir()
+    (house.folder / "lock" / "agent.lock").write_text("4711\n")
+    house.live_until_ready()
