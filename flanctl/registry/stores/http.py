@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from flanctl.errors import Invalid, NotFound, NotPermitted, RegistryUnreachable
+from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted, RegistryUnreachable
 
 if TYPE_CHECKING:
     import ssl
@@ -110,6 +110,7 @@ class Transport:
         *,
         deadline: float | None = None,
         judge: Callable[[Answer], None] | None = None,
+        cancel: int = -1,
     ) -> Answer:
         """The first good answer of any endpoint before `deadline` (time.monotonic, default `timeout` from now).
 
@@ -133,7 +134,7 @@ class Transport:
                 try:
                     answer = self.ask(
                         endpoint, method, path, body, headers,
-                        deadline=deadline, patience=max(0.0, left) / (len(order) - index),
+                        deadline=deadline, patience=max(0.0, left) / (len(order) - index), cancel=cancel,
                     )  # fmt: skip
                     if judge is not None:
                         judge(answer)
@@ -145,8 +146,8 @@ class Transport:
                 self.good = endpoint
                 return Answer(answer.status, answer.headers, answer.body, endpoint, unsure or answer.unsure)
             if not again or time.monotonic() + pause >= deadline:
-                raise self._nobody(refusals, time.monotonic() - begin, unsure)
-            time.sleep(pause)
+                raise self.nobody(refusals, time.monotonic() - begin, unsure=unsure)
+            sleep(pause, cancel)
             pause = min(pause * 2, _PAUSES[1])
 
     def ask(
@@ -159,6 +160,7 @@ class Transport:
         *,
         deadline: float,
         patience: float,
+        cancel: int = -1,
     ) -> Answer:
         """One endpoint, one try. `patience` is how many seconds it may stay silent. Raises Refusal."""
         request = _request(method, path, endpoint, body, headers)
@@ -167,6 +169,7 @@ class Transport:
             connection = idle.pop() if idle else None
         stale = False
         if connection is not None:
+            connection.cancel = cancel
             # A server may close an idle connection at any time: that says nothing about the server.
             try:
                 return self._exchange(connection, request, deadline, patience)
@@ -175,7 +178,7 @@ class Transport:
                     raise
                 stale = True
         until = min(deadline, time.monotonic() + patience)
-        connection = self.connect(endpoint, until)
+        connection = self.connect(endpoint, until, cancel)
         try:
             answer = self._exchange(connection, request, deadline, patience)
         except Refusal as refusal:
@@ -256,7 +259,9 @@ class Transport:
         connection.close()
         return answer
 
-    def _nobody(self, refusals: Mapping[Endpoint, Refusal], seconds: float, unsure: bool) -> Exception:
+    def nobody(
+        self, refusals: Mapping[Endpoint, Refusal], seconds: float, *, unsure: bool = False
+    ) -> FlanctlError:
         """The error for people; `in 5s` only if we did wait that long."""
         count = len(self.endpoints)
         waited = any(refusal.again for refusal in refusals.values())
@@ -309,7 +314,7 @@ class Connection:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.reusable = False
-        self._cancel = cancel
+        self.cancel = cancel
         self._buffer = bytearray()
         self._left = 0
         """Bytes to come of the body (of the chunk when chunked); -1 when it lasts until the server closes."""
@@ -461,7 +466,7 @@ class Connection:
 
     def _dial(self, deadline: float) -> socket.socket:
         last: Refusal | None = None
-        addresses = _resolve(self.endpoint, deadline, self._cancel)
+        addresses = _resolve(self.endpoint, deadline, self.cancel)
         for index, (family, address) in enumerate(addresses):
             now = time.monotonic()
             until = now + max(0.0, deadline - now) / (len(addresses) - index)
@@ -471,7 +476,7 @@ class Connection:
                 try:
                     link.connect(address)
                 except BlockingIOError:
-                    _wait(link.fileno(), select.POLLOUT, until, self._cancel)
+                    _wait(link.fileno(), select.POLLOUT, until, self.cancel)
                     if code := link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                         raise OSError(code, os.strerror(code)) from None
             except TimeoutError:
@@ -516,7 +521,7 @@ class Connection:
                 )
                 if not wanted:
                     raise
-            _wait(self._socket.fileno(), wanted, deadline, self._cancel)
+            _wait(self._socket.fileno(), wanted, deadline, self.cancel)
 
     def _broken(self, error: OSError) -> Exception:
         """What a failing socket means. TimeoutError stays what it is."""
@@ -619,7 +624,7 @@ def _wait(descriptor: int, events: int, deadline: float, cancel: int) -> None:
         raise TimeoutError
 
 
-def pause(seconds: float, cancel: int) -> None:
+def sleep(seconds: float, cancel: int) -> None:
     """Sleep, or raise Cancelled."""
     try:
         _wait(-1, 0, time.monotonic() + seconds, cancel)
