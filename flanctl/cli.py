@@ -54,6 +54,8 @@ class LazyGroup(click.Group):
 
 
 PATH = "flanctl.path"
+COMPLETE = "_FLANCTL_COMPLETE"
+"""The variable by which a completion script asks, click's name for it."""
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -117,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    if instruction := os.environ.get(COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return _flushed(shell_complete(flanctl, {}, "flanctl", COMPLETE, instruction))
     try:
         context = flanctl.make_context("flanctl", words)
     except click.exceptions.Exit as done:

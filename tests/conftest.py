@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,13 @@ def _left_behind() -> dict[str, set[str]]:
         # gRPC keeps its poller's descriptors for the life of the process; pytest's own capture files change.
         if target.startswith("socket:") or "/dev/net/tun" in target:
             descriptors.add(f"{fd} {target}")
-    netns = set(os.listdir("/run/netns")) if Path("/run/netns").is_dir() else set()
+    # A lab's namespaces bear the pid of its maker; those of another run on this machine are not ours to judge.
+    other = re.compile(rf"flan-(?!{os.getpid()}-)\d+-")
+    netns = (
+        {name for name in os.listdir("/run/netns") if not other.match(name)}
+        if Path("/run/netns").is_dir()
+        else set()
+    )
     return {
         "process": children,
         "namespace": netns,

@@ -9,7 +9,7 @@ from flanctl.commands import output
 from flanctl.commands.options import output_options
 from flanctl.errors import UsageError
 
-VARIABLE = "_FLANCTL_COMPLETE"
+VARIABLE = "_FLANCTL_COMPLETE"  # cli.COMPLETE; commands do not import the command line
 
 
 @click.command()

@@ -227,9 +227,10 @@ def _start_agent(story: Story, member: Member) -> None:
     story.typed(member.host, f"flanctl {words} &")
     before = member.log.stat().st_size if member.log.exists() else 0
     with member.log.open("ab") as log:
+        # A name of its own, so that the list of leases tells the hosts apart as it would on real ones.
         member.agent = member.host.popen(
             [
-                *own_command(), *words.split(), "--subnet-file", str(member.subnet_file),
+                "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', member.host.name, *own_command(), *words.split(), "--subnet-file", str(member.subnet_file),
                 "--state-dir", str(member.folder / "state"), "--run-dir", str(member.folder / "run"),
             ],
             env=story.environment,

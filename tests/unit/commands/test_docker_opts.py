@@ -1,0 +1,97 @@
+"""dockerd's options, and every way their source can be broken."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from tests.support.cli import flanctl
+
+NOTE = (
+    "FLANNEL_NETWORK=172.17.0.0/16\nFLANNEL_SUBNET=172.17.41.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+)
+
+
+@pytest.fixture
+def env_file(tmp_path):
+    file = tmp_path / "subnet.env"
+    file.write_text(NOTE)
+    return file
+
+
+def test_the_deployment_notes_file_comes_out_byte_for_byte(tmp_path, env_file):
+    target = tmp_path / "docker"
+    answer = flanctl("docker-opts", "-f", env_file, "-d", target)
+    assert (answer.code, answer.out) == (0, "")
+    assert answer.err == f"wrote {target}: --bip=172.17.41.1/24 --mtu=1472 (from {env_file})\n"
+    assert target.read_text() == (
+        'DOCKER_OPT_BIP="--bip=172.17.41.1/24"\n'
+        'DOCKER_OPT_IPMASQ="--ip-masq=true"\n'
+        'DOCKER_OPT_MTU="--mtu=1472"\n'
+        'DOCKER_NETWORK_OPTIONS=" --bip=172.17.41.1/24 --ip-masq=true --mtu=1472"\n'
+    )
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
+def test_a_dash_prints(env_file):
+    answer = flanctl("docker-opts", "-c", "-f", env_file, "-d", "-")
+    assert answer.out == 'DOCKER_NETWORK_OPTIONS=" --bip=172.17.41.1/24 --ip-masq=true --mtu=1472"\n'
+
+
+def test_what_another_environment_file_gave_comes_first(env_file):
+    answer = flanctl(
+        "docker-opts", "-c", "-f", env_file, "-d", "-", env={"DOCKER_NETWORK_OPTIONS": "--log-level=warn"}
+    )
+    assert answer.out.startswith('DOCKER_NETWORK_OPTIONS="--log-level=warn  --bip=')
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [
+        (None, 4, "no subnet file"),
+        ("", 6, "is empty"),
+        ("\n \n", 6, "is empty"),
+        (NOTE.replace("\n", "\r\n"), 6, "line 1"),
+        (
+            "FLANNEL_NETWORK=172.17.0.0/16\nFLANNEL_SUBNET=172.17.41.1/24\n",
+            6,
+            "FLANNEL_MTU, FLANNEL_IPMASQ missing",
+        ),
+        (NOTE[:-8], 6, "subnet.env"),
+        (NOTE.replace("false", "maybe"), 6, "FLANNEL_IPMASQ"),
+        (NOTE.replace("1472", "'1472"), 6, "line 3"),
+        ("\x00\xff", 6, "subnet.env"),
+    ],
+)
+def test_a_broken_source_is_named_and_the_target_stays(tmp_path, content, code, says):
+    file, target = tmp_path / "subnet.env", tmp_path / "docker"
+    target.write_text("as it was\n")
+    if content is not None:
+        file.write_bytes(content.encode("latin-1"))
+    answer = flanctl("docker-opts", "-f", file, "-d", target)
+    assert answer.code == code
+    assert says in answer.err
+    assert "try: " in answer.err
+    assert answer.err.startswith("flanctl docker-opts: ")
+    assert target.read_text() == "as it was\n"
+
+
+def test_quotes_are_read_as_a_shell_reads_them(tmp_path):
+    file = tmp_path / "subnet.env"
+    file.write_text(NOTE.replace("1472", '"1472"').replace("false", "'false'"))
+    assert "--mtu=1472" in flanctl("docker-opts", "-f", file, "-d", "-").out
+
+
+def test_an_unwritable_target_is_an_error(tmp_path, env_file):
+    answer = flanctl("docker-opts", "-f", env_file, "-d", tmp_path / "no" / "such" / "docker")
+    assert answer.code == 4
+    assert "there is no directory" in answer.err
+    answer = flanctl("docker-opts", "-f", env_file, "-d", tmp_path)
+    assert answer.code != 0
+    assert "cannot write" in answer.err
+
+
+def test_the_source_may_not_be_a_directory(tmp_path):
+    answer = flanctl("docker-opts", "-f", tmp_path, "-d", "-")
+    assert (answer.code, "Is a directory" in answer.err) == (6, True)
