@@ -12,8 +12,10 @@ a key without TTL stays one (row 9), one bad key hides no other (row 4).
 from __future__ import annotations
 
 import random
+import re
 import threading
 from dataclasses import dataclass, replace
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
 from flanctl.clock import BootClock
@@ -26,7 +28,6 @@ from flanctl.registry.stores.store import Changed, KeyExists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from ipaddress import IPv4Network
 
     from flanctl.clock import Clock
     from flanctl.model.dialect import Dialect
@@ -45,7 +46,8 @@ FIRST_RETRY, LAST_RETRY = 1.0, 60.0
 class UnreadableLease:
     """A key below `subnets/` that no flannel wrote, or whose value cannot be understood.
 
-    `problem` is `bad-key` or `bad-value`. `subnet` is known for the latter: it counts as taken.
+    `problem` is `bad-key` or `bad-value`. `subnet` is what the key speaks of, for a bad key as far as one can guess;
+    it counts as taken, because some flannel may read the key and use it.
     """
 
     key: str
@@ -89,9 +91,15 @@ class LeaseRestored:
 
 @dataclass(frozen=True, slots=True)
 class RegistryTrouble:
-    """The registry does not answer, or refuses us. Reported at each try; whoever prints it decides how often."""
+    """The registry does not answer, or refuses us. Reported at each try; whoever prints it decides how often.
+
+    `since` is how many seconds ago the first of these tries failed; `lease_left` how many our lease still has, as far
+    as we know (None: for ever, or who reports holds no lease). At 0 another host may have taken the subnet.
+    """
 
     error: FlanctlError
+    since: float = 0.0
+    lease_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +130,9 @@ class Leases:
         try:
             subnet = SubnetKey.parse(entry.key.removeprefix(self.folder)).subnet
         except Invalid as error:
-            return UnreadableLease(entry.key, "bad-key", error.message)
+            return UnreadableLease(
+                entry.key, "bad-key", error.message, _guess(entry.key.removeprefix(self.folder))
+            )
         try:
             attributes = LeaseAttributes.parse(entry.value)
         except Invalid as error:
@@ -137,13 +147,26 @@ class Leases:
         entries = self.store.with_ttl(snapshot.entries) if with_ttl else snapshot.entries
         return self._table(snapshot, entries)
 
+    def find(self, what: IPv4Network | IPv4Address) -> tuple[Lease, ...]:
+        """The leases of a subnet, or of a host: those it holds and the one an address of its containers lies in.
+
+        Their TTLs are asked, those of the others are not.
+        """
+        snapshot = self.store.list(self.folder)
+        by_key = {entry.key: entry for entry in snapshot.entries}
+        found = [
+            by_key[lease.key] for lease in self._table(snapshot, snapshot.entries).leases if _is(lease, what)
+        ]
+        return self._table(snapshot, self.store.with_ttl(found)).leases
+
     def _table(self, snapshot: Snapshot, entries: Iterable[Entry]) -> LeaseTable:
+        unreadable = [bad.key.decode(errors="backslashreplace") for bad in snapshot.unreadable]
         return table_of(
             (self.read(entry) for entry in entries),
             snapshot.revision,
             [
-                UnreadableLease(bad.key.decode(errors="backslashreplace"), "bad-key", "the key is not UTF-8")
-                for bad in snapshot.unreadable
+                UnreadableLease(key, "bad-key", "the key is not UTF-8", _guess(key.removeprefix(self.folder)))
+                for key in unreadable
             ],
         )
 
@@ -161,40 +184,54 @@ class Leases:
         expire and noted. Raises Conflict (id `pool-full`), and what the store raises; whatever was written before
         that is found again by the next call, because it names us.
         """
-        pool = SubnetPool(config, attributes.public_ip, previous)
+        ours_was: list[IPv4Network] = []
         for _ in range(ROUNDS):
+            pool = SubnetPool(config, attributes.public_ip, [*ours_was, *previous])
             snapshot = self.store.list(self.folder)
             entries = {entry.key: entry for entry in snapshot.entries}
             table = self._table(snapshot, snapshot.entries)
-            ours = [lease for lease in table.leases if lease.attributes.public_ip == attributes.public_ip]
-            notes = tuple(
-                f"our lease {lease.subnet} does not fit the network config any more, it is left to expire"
-                for lease in ours
-                if not config.accepts(lease.subnet)
-            )
-            fitting = [lease for lease in ours if config.accepts(lease.subnet)]
+            fitting = self._fitting(config, table, attributes.public_ip)
             try:
                 if fitting:
                     lease = _preferred(fitting, pool.previous)
+                    # It may end between this list and our write; then the same subnet is wanted again, not another.
+                    ours_was = [lease.subnet]
                     entry = self._take_over(entries[lease.key], lease, attributes, ttl)
-                    return self._acquired(entry, "kept", notes)
-                subnet = next(pool.candidates(_taken(table)), None)
-                if subnet is None:
-                    raise self._full(config, table, snapshot)
-                entry = self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)
-                return self._acquired(entry, "again" if subnet in pool.previous else "new", notes)
+                    how = "kept"
+                else:
+                    subnet = next(pool.candidates(_taken(table, config)), None)
+                    if subnet is None:
+                        raise self._full(config, table, snapshot)
+                    entry = self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)
+                    how = "again" if subnet in pool.previous else "new"
             except (KeyExists, Changed):
                 continue  # somebody was faster: look again
+            held = self._acquired(entry, how)
+            return replace(held, notes=_notes(held.lease, config, table, previous))
         raise Conflict(
             f"lost {ROUNDS} races for a subnet in {config.network} in a row",
             hint="start it again",
             id="too-many-races",
         )
 
+    def _fitting(self, config: NetworkConfig, table: LeaseTable, public_ip: IPv4Address) -> list[Lease]:
+        """The leases that name us and that we may keep.
+
+        A key in another spelling (`172.17.41.5-24`, which flannel reads too) gives way to another host's.
+        """
+        others = {lease.subnet for lease in table.leases if lease.attributes.public_ip != public_ip}
+        return [
+            lease
+            for lease in table.leases
+            if lease.attributes.public_ip == public_ip
+            and config.accepts(lease.subnet)
+            and (lease.key == self.key(lease.subnet) or lease.subnet not in others)
+        ]
+
     def renew(self, held: Acquired, *, ttl: float = LEASE_TTL) -> Acquired:
         """Our lease with its full time; the same subnet again if the key was gone.
 
-        The result's `how` is kept, or again when the key had to be written anew. Raises LeaseLost when another host's
+        The result's `how` is kept, or again when our value had to be written anew. Raises LeaseLost when another host's
         value is under our key, and what the store raises.
         """
         for _ in range(ROUNDS):
@@ -209,11 +246,10 @@ class Leases:
                     entry = self.store.create(held.entry.key, held.entry.value, ttl=ttl)
                 else:
                     entry = self._claim(held, current, ttl)
-                return self._acquired(entry, "again")
-            except KeyExists:
-                continue
-            except Changed:
-                continue
+            except (KeyExists, Changed):
+                continue  # it changed once more: look again
+            untouched = current is not None and entry.value == current.value
+            return self._acquired(entry, "kept" if untouched else "again")
         raise Conflict(f"{held.entry.key} changes too often to be renewed", id="too-many-races")
 
     def _still_reserved(self, held: Acquired) -> Acquired:
@@ -221,7 +257,7 @@ class Leases:
         current = self.store.get(held.entry.key)
         if current is None or current.revision != held.entry.revision:
             raise Changed(held.entry.key, current)
-        return held
+        return replace(held, how="kept", notes=())
 
     def _claim(self, held: Acquired, current: Entry, ttl: float) -> Entry:
         """The key under which something new stands: ours again if that names us or nobody, else LeaseLost."""
@@ -234,7 +270,10 @@ class Leases:
             )
         if isinstance(found, Lease):
             return self._take_over(current, found, ours, ttl)
-        return self.store.replace(current.key, held.entry.value, ttl=ttl, expected=current.revision)
+        # flannel's documented way to reserve (`etcdctl put KEY $(etcdctl get KEY)`) stores the key's text as the value
+        # and takes its TTL off (flannel.md 3.6): the value is put right, the wish for a reservation is kept.
+        wanted_ttl = None if current.lease is None else ttl
+        return self.store.replace(current.key, held.entry.value, ttl=wanted_ttl, expected=current.revision)
 
     def _take_over(self, entry: Entry, lease: Lease, wanted: LeaseAttributes, ttl: float) -> Entry:
         """Our values into a key that names us; fields of others and the lack of a TTL stay."""
@@ -249,19 +288,24 @@ class Leases:
             return self.store.refresh(entry, ttl=ttl)
         return self.store.replace(entry.key, value, ttl=ttl, expected=entry.revision)
 
-    def _acquired(self, entry: Entry, how: str, notes: tuple[str, ...] = ()) -> Acquired:
+    def _acquired(self, entry: Entry, how: str) -> Acquired:
         lease = self.read(entry)
         if not isinstance(lease, Lease):
             raise Invalid(f"{entry.key}: {lease.message}")
-        return Acquired(lease, entry, how, notes)
+        return Acquired(lease, entry, how)
 
     def _full(self, config: NetworkConfig, table: LeaseTable, snapshot: Snapshot) -> Conflict:
-        timed = self.store.with_ttl(snapshot.entries)
-        ends = [entry.ttl for entry in timed if entry.ttl is not None]
-        reserved = sum(lease.reservation for lease in table.leases)
-        oldest = f", oldest expiry in {_span(min(ends))}" if ends else ""
+        try:
+            ends = [entry.ttl for entry in self.store.with_ttl(snapshot.entries) if entry.ttl is not None]
+        except FlanctlError:
+            ends = []  # that it is full is the news; when a place comes free is an extra
+        counts = [f"{sum(lease.reservation for lease in table.leases)} reserved"]
+        if table.unreadable:
+            counts.append(f"{len(table.unreadable)} unreadable")
+        if ends:
+            counts.append(f"oldest expiry in {_span(min(ends))}")
         return Conflict(
-            f"{config.capacity} of {config.capacity} subnets taken in {config.network} ({reserved} reserved{oldest})",
+            f"{config.capacity} of {config.capacity} subnets taken in {config.network} ({', '.join(counts)})",
             hint="flanctl subnets ls   shows who holds them; a dead host's lease ends by itself",
             id="pool-full",
         )
@@ -293,12 +337,14 @@ class Keeper:
         self._stopping = False
 
     def run(self) -> None:
-        delay, tries, since = renew_after(self._ttl, self._margin), 0, 0.0
+        delay, tries, since = self._pause(), 0, 0.0
+        ends = self._end(self._clock.now())
         while True:
             self._clock.wait(self._bell, delay)
             self._bell.clear()
             if self._stopping:
                 return
+            began = self._clock.now()
             try:
                 renewed = self._leases.renew(self.held, ttl=self._ttl)
             except LeaseLost:
@@ -306,7 +352,9 @@ class Keeper:
             except FlanctlError as error:
                 since = since if tries else self._clock.now()
                 tries += 1
-                self._report(RegistryTrouble(error))
+                now = self._clock.now()
+                left = None if ends is None else max(0.0, ends - now)
+                self._report(RegistryTrouble(error, now - since, left))
                 delay = min(LAST_RETRY, FIRST_RETRY * 2 ** min(tries - 1, 10)) * random.uniform(0.8, 1.2)  # noqa: S311
                 continue
             if tries:
@@ -314,7 +362,16 @@ class Keeper:
                 tries = 0
             self.held = renewed
             self._report(LeaseRestored(renewed) if renewed.how == "again" else LeaseRenewed(renewed))
-            delay = renew_after(self._ttl, self._margin)
+            delay, ends = self._pause(), self._end(began)
+
+    def _pause(self) -> float:
+        """Seconds to the next renewal, by the time the server gave us, which may not be what we asked for."""
+        return renew_after(self.held.lease.ttl or self._ttl, self._margin)
+
+    def _end(self, began: float) -> float | None:
+        """When the lease that we asked for at `began` ends, on our own clock; None for a reservation."""
+        lease = self.held.lease
+        return None if lease.reservation else began + (lease.ttl or self._ttl)
 
     def wake(self) -> None:
         """Look at the key now: somebody saw it missing or changed."""
@@ -351,10 +408,70 @@ def table_of(
     return LeaseTable(tuple(leases), tuple(bad), revision)
 
 
-def _taken(table: LeaseTable) -> list[IPv4Network]:
+_LOOKS_LIKE_A_SUBNET = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-(\d{1,2})", re.ASCII)
+
+
+def _guess(name: str) -> IPv4Network | None:
+    """The subnet some flannel may see in a key we refuse: 0.7 takes the first place that looks like one (flannel.md 3.1)."""
+    for match in _LOOKS_LIKE_A_SUBNET.finditer(name):
+        if 1 <= int(match[2]) <= 32:
+            try:
+                return IPv4Network((IPv4Address(match[1]), int(match[2])), strict=False)
+            except AddressValueError:
+                continue
+    return None
+
+
+def _is(lease: Lease, what: IPv4Network | IPv4Address) -> bool:
+    if isinstance(what, IPv4Network):
+        return lease.subnet == what
+    return lease.attributes.public_ip == what or what in lease.subnet
+
+
+def _taken(table: LeaseTable, config: NetworkConfig) -> list[IPv4Network]:
+    """What no new lease may overlap. One unreadable key may block its subnet, never the whole network."""
     taken = [lease.subnet for lease in table.leases]
-    taken.extend(bad.subnet for bad in table.unreadable if bad.subnet is not None)
+    taken.extend(
+        bad.subnet
+        for bad in table.unreadable
+        if bad.subnet is not None and not config.network.subnet_of(bad.subnet)
+    )
     return taken
+
+
+def _notes(
+    lease: Lease, config: NetworkConfig, table: LeaseTable, previous: Sequence[IPv4Network]
+) -> tuple[str, ...]:
+    """What the operator must hear about the subnet we got: above all that it is not the one we had."""
+    notes = []
+    for other in table.leases:
+        if other.attributes.public_ip != lease.attributes.public_ip or other.key == lease.key:
+            continue
+        if config.accepts(other.subnet):
+            notes.append(f"{lease.attributes.public_ip} holds {other.subnet} too, which is left alone")
+        else:
+            notes.append(
+                f"our lease {other.subnet} does not fit the network config any more, it is left to expire"
+            )
+    if previous and previous[0] != lease.subnet:
+        had = previous[0]
+        notes.append(
+            f"this host had {had} and has {lease.subnet} now: {_why_not(had, lease, config, table)}; "
+            "containers that run keep addresses nobody routes to them"
+        )
+    return tuple(notes)
+
+
+def _why_not(had: IPv4Network, lease: Lease, config: NetworkConfig, table: LeaseTable) -> str:
+    if not config.accepts(had):
+        return "it does not fit the network config any more"
+    for other in table.leases:
+        if other.subnet.overlaps(had) and other.attributes.public_ip != lease.attributes.public_ip:
+            return f"{other.subnet} belongs to {other.attributes.public_ip}"
+    for bad in table.unreadable:
+        if bad.subnet is not None and bad.subnet.overlaps(had):
+            return f"key {bad.key!a} cannot be read"
+    return f"the registry names {lease.subnet} for {lease.attributes.public_ip}"
 
 
 def _preferred(ours: Sequence[Lease], previous: Sequence[IPv4Network]) -> Lease:

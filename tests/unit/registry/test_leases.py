@@ -364,6 +364,164 @@ def test_the_keeper_ends_when_the_lease_is_lost(kept, store):
     assert isinstance(kept.error, LeaseLost)
 
 
+def test_a_restart_that_cannot_have_its_subnet_again_says_who_has_it(store, leases):
+    """flannel.md 11, row 1: the new subnet comes in silence there, and docker keeps the old bridge."""
+    had = IPv4Network("172.17.99.0/24")
+    put(store, "172.17.99.0-24", b'{"PublicIP":"192.168.6.15"}')
+    held = leases.acquire(config(), host(ONE), previous=[had])
+    assert f"had 172.17.99.0/24 and has {held.lease.subnet} now" in held.notes[0]
+    assert "172.17.99.0/24 belongs to 192.168.6.15" in held.notes[0]
+
+
+def test_a_restart_in_its_own_subnet_has_nothing_to_say(leases):
+    had = leases.acquire(config(), host(ONE)).lease.subnet
+    assert leases.acquire(config(), host(ONE), previous=[had]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("172.17.99.0-24", b"", "key '/jxdd/network/subnets/172.17.99.0-24' cannot be read"),
+        ("172.17.60.0-24", b'{"PublicIP":"192.168.6.2"}', "the registry names 172.17.60.0/24"),
+    ],
+)
+def test_each_reason_for_another_subnet_is_told(store, leases, key, value, reason):
+    put(store, key, value, ttl=None)
+    held = leases.acquire(config(), host(ONE), previous=[IPv4Network("172.17.99.0/24")])
+    assert reason in held.notes[-1]
+
+
+def test_a_second_lease_that_names_us_is_noted_and_left_alone(store, leases):
+    for third in (10, 20):
+        put(store, f"172.17.{third}.0-24", b'{"PublicIP":"192.168.6.2","PublicIPv6":null}')
+    assert leases.acquire(config(), host(ONE)).notes == (
+        "192.168.6.2 holds 172.17.20.0/24 too, which is left alone",
+    )
+
+
+@pytest.mark.parametrize("name", ["172.17.99.0-24x", "x/172.17.99.0-24", "172.17.99.0-24&FC00::-64"])
+def test_a_key_some_flannel_may_read_keeps_its_subnet_taken(store, leases, name):
+    put(store, name, b'{"PublicIP":"192.168.6.15"}')
+    held = leases.acquire(config(), host(ONE), previous=[IPv4Network("172.17.99.0/24")])
+    assert held.lease.subnet != IPv4Network("172.17.99.0/24")
+    assert leases.table().unreadable[0].problem == "bad-key"
+
+
+def test_a_key_that_is_not_utf8_is_shown_and_keeps_its_subnet_taken(store, leases):
+    store.put_unreadable(f"{PREFIX}/subnets/172.17.99.0-24".encode() + b"\xff")
+    put(store, "172.17.6.0-24", b'{"PublicIP":"192.168.6.15"}')
+    table = leases.table()
+    assert len(table.leases) == 1
+    assert table.unreadable[0].key == f"{PREFIX}/subnets/172.17.99.0-24\\xff"
+    held = leases.acquire(config(), host(ONE), previous=[IPv4Network("172.17.99.0/24")])
+    assert held.lease.subnet != IPv4Network("172.17.99.0/24")
+
+
+def test_one_unreadable_key_cannot_fill_the_whole_network(store, leases):
+    put(store, "172.17.0.0-16", b"nonsense")
+    put(store, "0.0.0.0-1x", b"nonsense")
+    assert leases.acquire(config(), host(ONE)).how == "new"
+
+
+def test_a_key_of_ours_in_another_spelling_gives_way_to_another_hosts(store, leases):
+    """flannel reads 172.17.41.5-24 as 172.17.41.0/24 too; keeping it would make two holders."""
+    put(store, "172.17.41.5-24", b'{"PublicIP":"192.168.6.2"}')
+    assert leases.acquire(config(), host(ONE)).lease.subnet == IPv4Network("172.17.41.0/24")
+    put(store, "172.17.41.0-24", b'{"PublicIP":"192.168.6.15"}')
+    assert leases.acquire(config(), host(ONE)).lease.subnet != IPv4Network("172.17.41.0/24")
+
+
+def test_a_lease_that_ends_while_we_take_it_over_is_taken_again_as_the_same_subnet(store, clock):
+    """Nobody remembers it but the list we just read."""
+    put(store, "172.17.41.0-24", b'{"PublicIP":"192.168.6.2","PublicIPv6":null}', ttl=60)
+    ends = EndsBeforeRefresh(store, clock)
+    held = Leases(ends, PREFIX, Dialect.V0_28, clock).acquire(config(), host(ONE))
+    assert (held.lease.subnet, held.how) == (IPv4Network("172.17.41.0/24"), "again")
+
+
+class EndsBeforeRefresh:
+    """A store whose leases end just before they are refreshed."""
+
+    def __init__(self, store, clock):
+        self._store, self._clock = store, clock
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def refresh(self, entry, *, ttl):
+        self._clock.advance(3600)
+        return self._store.refresh(entry, ttl=ttl)
+
+
+def test_a_full_network_is_told_even_if_nobody_knows_when_a_place_comes_free(store, leases):
+    for last in (4, 8):
+        put(store, f"10.0.0.{last}-30", b'{"PublicIP":"192.168.6.11"}')
+    put(store, "10.0.0.12-30", b"nonsense")
+    store.fail("with_ttl", AWAY)
+    with pytest.raises(Conflict) as full:
+        leases.acquire(TINY, host(ONE))
+    assert str(full.value) == "3 of 3 subnets taken in 10.0.0.0/28 (0 reserved, 1 unreadable)"
+
+
+def test_the_value_that_flannels_own_way_to_reserve_destroys_is_put_right_and_stays_reserved(store, leases):
+    held = leases.acquire(config(), host(ONE))
+    store.replace(held.lease.key, held.lease.key.encode(), ttl=None, expected=held.entry.revision)
+    again = leases.renew(held)
+    assert (again.how, again.lease.reservation) == ("again", True)
+    assert store.get(held.lease.key).value == held.entry.value
+    assert leases.renew(again).how == "kept"
+
+
+def test_our_own_value_written_by_somebody_else_is_adopted_without_alarm(store, leases):
+    """A flanneld on this host, or an answer of ours that was lost."""
+    held = leases.acquire(config(), host(ONE))
+    store.replace(held.lease.key, held.entry.value, ttl=60, expected=held.entry.revision)
+    again = leases.renew(held)
+    assert again.how == "kept"
+    assert store.get(held.lease.key).ttl == LEASE_TTL
+
+
+def test_leases_are_found_by_subnet_by_host_and_by_a_containers_address(store, leases):
+    put(store, "172.17.10.0-24", b'{"PublicIP":"192.168.6.2"}', ttl=60)
+    put(store, "172.17.20.0-24", b'{"PublicIP":"192.168.6.15"}', ttl=60)
+    assert [lease.ttl for lease in leases.find(IPv4Network("172.17.10.0/24"))] == [60]
+    assert [str(lease.subnet) for lease in leases.find(ONE)] == ["172.17.10.0/24"]
+    assert [str(lease.subnet) for lease in leases.find(IPv4Address("172.17.20.7"))] == ["172.17.20.0/24"]
+    assert leases.find(IPv4Network("172.17.0.0/16")) == ()
+
+
+def test_ttls_are_asked_only_by_who_shows_them(store, leases):
+    leases.acquire(config(), host(ONE))
+    leases.table()
+    assert "with_ttl" not in store.calls
+    assert leases.table(with_ttl=True).leases[0].ttl == LEASE_TTL
+
+
+def test_the_keeper_goes_by_the_time_the_server_gave(store, leases, clock):
+    """etcd may give less than was asked; a third of our own wish would come too late."""
+    held = leases.acquire(config(), host(ONE), ttl=60)
+    one = Kept(leases, held)
+    try:
+        until(lambda: clock.waiting == 1)
+        clock.advance(23)
+        until(lambda: one.reports)
+    finally:
+        one.stop()
+
+
+def test_trouble_says_since_when_and_how_long_the_lease_still_runs(kept, clock, store):
+    store.fail("refresh", AWAY, times=2)
+    clock.advance(LEASE_TTL / 2)
+    until(lambda: kept.reports)
+    assert kept.reports[0].lease_left == pytest.approx(LEASE_TTL / 2)
+    assert kept.reports[0].since == 0
+    until(lambda: clock.waiting == 1)
+    clock.advance(LEASE_TTL)
+    until(lambda: len(kept.reports) >= 2)
+    assert kept.reports[1].since == LEASE_TTL
+    assert kept.reports[1].lease_left == 0
+
+
 @given(st.binary(max_size=60), st.text(max_size=20))
 @settings(max_examples=150)
 def test_no_key_or_value_makes_the_table_fail(value, name):
@@ -404,6 +562,9 @@ class Hosts(RuleBasedStateMachine):
         except (RegistryUnreachable, Conflict):
             self.held[host_] = None
         else:
+            assert previous in ([], [held.lease.subnet]) or held.notes, (
+                "a restart changed the subnet in silence"
+            )
             self.held[host_] = held
             self.last[host_] = held.lease.subnet
             self.valid_until[host_] = before + LEASE_TTL
