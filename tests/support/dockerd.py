@@ -180,7 +180,7 @@ class Dockerd:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             tar.add(os.path.realpath(shutil.which("busybox") or "/bin/busybox"), "bin/busybox")
-            for applet in ("sh", "dd", "httpd", "ip", "mkdir", "sha256sum", "sleep", "wget"):
+            for applet in ("sh", "dd", "httpd", "ip", "mkdir", "ps", "sha256sum", "sleep", "wget"):
                 link = tarfile.TarInfo(f"bin/{applet}")
                 link.type, link.linkname = tarfile.SYMTYPE, "busybox"
                 tar.addfile(link)
