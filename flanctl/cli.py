@@ -14,6 +14,7 @@ import click
 
 from flanctl.commands.options import flags_of, output_options, registry_options, write_out
 from flanctl.errors import INTERRUPTED, FlanctlError
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -212,7 +213,7 @@ def _say(context: click.Context, error: FlanctlError) -> None:
         lines = [f"{path}: {error.message}", *(f"  {line}" for line in error.details)]
         if error.hint:
             lines.append(f"try: {error.hint}")
-        _to_stderr("\n".join(lines) + "\n")
+        _to_stderr("\n".join(map(printable, lines)) + "\n")
     if "debug" in flags_of(context):
         from traceback import format_exception
 

@@ -15,6 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from flanctl.text import printable
+
 if TYPE_CHECKING:
     from typing import TextIO
 
@@ -93,7 +95,7 @@ def _fields(fields: dict[str, object]) -> str:
 
 def _quoted(text: str) -> str:
     """Values from the network must not fake a field or a line."""
-    clean = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+    clean = printable(text)
     if clean and not any(char in clean for char in ' "='):
         return clean
     return '"' + clean.replace('"', '\\"') + '"'

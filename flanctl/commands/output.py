@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from flanctl.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -22,7 +24,7 @@ def data(text: str) -> None:
 
 def note(text: str) -> None:
     """Say something beside the answer."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(printable(text) + "\n")
 
 
 def warning(text: str) -> None:
@@ -39,7 +41,7 @@ def json(document: Mapping[str, object]) -> None:
 def simple(rows: Sequence[Sequence[object]]) -> None:
     """Tab-separated rows; None prints as `-`."""
     for row in rows:
-        data("\t".join("-" if cell is None else _one_line(str(cell)) for cell in row))
+        data("\t".join("-" if cell is None else printable(str(cell)) for cell in row))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
@@ -47,7 +49,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: 
     from tabulate import tabulate
 
     text = tabulate(
-        [["-" if cell is None else _one_line(str(cell)) for cell in row] for row in rows],
+        [["-" if cell is None else printable(str(cell)) for cell in row] for row in rows],
         headers=list(headers),
         tablefmt="plain",
         disable_numparse=True,
@@ -61,7 +63,7 @@ def pairs(items: Sequence[tuple[str, object]]) -> None:
     """Name and value, one a line."""
     width = max(len(name) for name, _ in items)
     for name, value in items:
-        data(f"{name:<{width}}  {_one_line(str(value))}")
+        data(f"{name:<{width}}  {printable(str(value))}")
 
 
 def age(seconds: float | None) -> str:
@@ -79,8 +81,3 @@ def age(seconds: float | None) -> str:
         return f"{hours}h{rest:02d}m" if rest else f"{hours}h"
     rest = hours % 24
     return f"{days}d{rest}h" if rest else f"{days}d"
-
-
-def _one_line(text: str) -> str:
-    """Values come from the network: control characters must not steer a terminal or fake a row."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
