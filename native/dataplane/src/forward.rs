@@ -9,8 +9,10 @@ use std::str::FromStr;
 
 use crate::counters::Reason;
 use crate::icmp::{self, Unreachable};
-use crate::packet::Ipv4Packet;
+use crate::packet::{Ipv4Packet, TCP};
 use crate::routes::{Routes, Subnet};
+use crate::transport::Transport;
+use crate::virtio::Header;
 
 /// How far the sender of a datagram is believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +46,8 @@ pub struct Rules {
     /// The TUN's, in bytes.
     pub mtu: usize,
     pub peer_check: PeerCheck,
+    /// The TUN takes TCP super-packets, so one that some sender did not cut may be delivered.
+    pub takes_super_packets: bool,
 }
 
 /// What becomes of a packet the kernel gave us.
@@ -94,13 +98,40 @@ fn is_group(address: Ipv4Addr) -> bool {
     address.octets()[0] >= 224
 }
 
+/// A packet to deliver, and what an eBPF sender left to a network card that was never there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery<'a> {
+    Whole(Ipv4Packet<'a>),
+    /// The checksum field holds the pseudo header's sum only.
+    Unfinished(Ipv4Packet<'a>, Transport),
+    /// That, and it is to be cut into packets with this much payload.
+    Uncut(Ipv4Packet<'a>, Transport, u16),
+}
+
+impl<'a> Delivery<'a> {
+    pub fn packet(self) -> Ipv4Packet<'a> {
+        match self {
+            Self::Whole(packet) | Self::Unfinished(packet, _) | Self::Uncut(packet, ..) => packet,
+        }
+    }
+
+    /// What to tell the TUN, if anything.
+    pub fn header(self) -> Option<Header> {
+        match self {
+            Self::Whole(_) => None,
+            Self::Unfinished(_, transport) => Some(Header::needs_checksum(transport)),
+            Self::Uncut(_, transport, size) => Some(Header::super_packet(transport, size)),
+        }
+    }
+}
+
 /// A datagram from `sender`: the packet to deliver, or why not.
 pub fn from_peer<'a>(
     datagram: &'a [u8],
     sender: Ipv4Addr,
     routes: &Routes,
     rules: &Rules,
-) -> Result<Ipv4Packet<'a>, Reason> {
+) -> Result<Delivery<'a>, Reason> {
     if rules.peer_check == PeerCheck::Strict && !routes.is_peer(sender) {
         return Err(Reason::UnknownSender);
     }
@@ -118,10 +149,22 @@ pub fn from_peer<'a>(
     if !rules.own.contains(destination) || rules.own.is_broadcast(destination) || is_group(destination) {
         return Err(Reason::ForeignDestination);
     }
-    if datagram.len() > rules.mtu {
-        return Err(Reason::TooBig);
+    let fits = datagram.len() <= rules.mtu;
+    match Transport::of(packet).filter(|transport| transport.is_unfinished(packet)) {
+        None if fits => Ok(Delivery::Whole(packet)),
+        Some(transport) if fits => Ok(Delivery::Unfinished(packet, transport)),
+        Some(transport)
+            if rules.takes_super_packets && transport.protocol == TCP && transport.end < rules.mtu =>
+        {
+            // The MTU fits 16 bits, as no UDP payload is longer.
+            Ok(Delivery::Uncut(
+                packet,
+                transport,
+                (rules.mtu - transport.end) as u16,
+            ))
+        }
+        _ => Err(Reason::TooBig),
     }
-    Ok(packet)
 }
 
 #[cfg(test)]
@@ -129,7 +172,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::packet::UDP;
     use crate::routes::Route;
+    use crate::transport::tests::{unfinished, valid};
 
     const OWN: &str = "172.17.41.1/24";
     const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -141,6 +186,7 @@ mod tests {
             own: OWN.parse().unwrap(),
             mtu: 1472,
             peer_check,
+            takes_super_packets: false,
         }
     }
 
@@ -162,7 +208,7 @@ mod tests {
     }
 
     fn received(bytes: &[u8], sender: Ipv4Addr, check: PeerCheck) -> Result<usize, Reason> {
-        from_peer(bytes, sender, &routes(), &rules(check)).map(|packet| packet.bytes().len())
+        from_peer(bytes, sender, &routes(), &rules(check)).map(|delivery| delivery.packet().bytes().len())
     }
 
     fn sent(bytes: &[u8]) -> FromTun<'_> {
@@ -254,6 +300,47 @@ mod tests {
     }
 
     #[test]
+    fn what_the_sender_left_unfinished_is_marked_and_what_it_left_uncut_only_for_a_tun_that_cuts() {
+        let deliver = |bytes: &[u8], takes_super_packets| {
+            let rules = Rules {
+                takes_super_packets,
+                ..rules(PeerCheck::Strict)
+            };
+            from_peer(bytes, PEER, &routes(), &rules).map(|delivery| match delivery {
+                Delivery::Whole(_) => "whole",
+                Delivery::Unfinished(..) => "unfinished",
+                Delivery::Uncut(_, transport, size) => {
+                    assert_eq!(usize::from(size), 1472 - transport.end);
+                    "uncut"
+                }
+            })
+        };
+        let long = vec![1; 60_000];
+        for takes in [false, true] {
+            assert_eq!(deliver(&valid(TCP, &[1; 100]), takes), Ok("whole"));
+            assert_eq!(
+                deliver(&unfinished(valid(TCP, &[1; 100])), takes),
+                Ok("unfinished")
+            );
+            assert_eq!(
+                deliver(&unfinished(valid(UDP, &[1; 100])), takes),
+                Ok("unfinished")
+            );
+            let uncut = if takes { Ok("uncut") } else { Err(Reason::TooBig) };
+            assert_eq!(deliver(&unfinished(valid(TCP, &long)), takes), uncut);
+            assert_eq!(
+                deliver(&valid(TCP, &long), takes),
+                Err(Reason::TooBig),
+                "not an offload: just too big"
+            );
+            assert_eq!(
+                deliver(&unfinished(valid(UDP, &long)), takes),
+                Err(Reason::TooBig)
+            );
+        }
+    }
+
+    #[test]
     fn what_nobody_has_is_answered_from_the_subnet_that_is_missing() {
         let lost = packet([172, 17, 41, 5], [172, 17, 99, 7], 40);
         let FromTun::Reply(unreachable) = sent(&lost) else {
@@ -326,7 +413,8 @@ mod tests {
             check in prop_oneof![Just(PeerCheck::Strict), Just(PeerCheck::Subnet), Just(PeerCheck::Off)],
         ) {
             let own: Subnet = OWN.parse().unwrap();
-            if let Ok(packet) = from_peer(&bytes, sender, &routes(), &rules(check)) {
+            if let Ok(delivery) = from_peer(&bytes, sender, &routes(), &rules(check)) {
+                let packet = delivery.packet();
                 prop_assert_eq!(packet.bytes(), &bytes[..], "exactly the datagram, nothing else");
                 prop_assert_eq!(bytes[0] >> 4, 4);
                 prop_assert_eq!(usize::from(u16::from_be_bytes([bytes[2], bytes[3]])), bytes.len());

@@ -13,6 +13,8 @@
 //! | [`packet`], [`checksum`], [`icmp`] | checked views over bytes, Internet checksums, the one ICMP message we write |
 //! | [`routes`] | the immutable table: longest prefix, direct index for the common prefix length |
 //! | [`forward`] | the decision, pure: bytes and table in, `Forward`, `Reply` or `Drop(reason)` out |
+//! | [`transport`] | the TCP or UDP header inside, and the state of its checksum |
+//! | [`virtio`], [`segment`], [`coalesce`], [`group`] | what a network card would do: the TUN hands over super-packets (TSO, USO) and takes them, the socket takes groups of datagrams (`UDP_SEGMENT`) and hands them over (`UDP_GRO`) |
 //! | [`counters`] | what happened, by reason |
 //! | [`sys`] | every `unsafe` and every system call std and rustix do not wrap |
 //! | [`engine`] | the loop around it all: bounded bursts, both directions served in turn |
@@ -20,13 +22,18 @@
 //! Nothing here knows Python, logs, or touches the kernel's configuration.
 
 pub mod checksum;
+pub mod coalesce;
 pub mod counters;
 pub mod engine;
 pub mod forward;
+pub mod group;
 pub mod icmp;
 pub mod packet;
 pub mod routes;
+pub mod segment;
 pub mod sys;
+pub mod transport;
+pub mod virtio;
 
 mod plane;
 

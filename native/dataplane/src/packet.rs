@@ -58,6 +58,11 @@ impl<'a> Ipv4Packet<'a> {
         u16::from_be_bytes([self.0[6], self.0[7]]) & 0x1fff
     }
 
+    /// Any fragment, the first included.
+    pub fn is_fragment(self) -> bool {
+        u16::from_be_bytes([self.0[6], self.0[7]]) & 0x3fff != 0
+    }
+
     pub fn payload(self) -> &'a [u8] {
         &self.0[self.header_len()..]
     }

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,11 +15,13 @@ use rustix::event::EventfdFlags;
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
+use crate::coalesce::Kinds;
 use crate::counters::Counters;
 use crate::engine::{Engine, Shared, Tun};
 use crate::forward::{PeerCheck, Rules};
 use crate::routes::{Route, Routes, Subnet};
-use crate::sys;
+use crate::sys::{self, TunOffload};
+use crate::virtio;
 
 /// Bytes asked for in each direction of the underlay's socket. With the default buffer, 75,000 retransmissions in
 /// two seconds of one TCP stream were measured.
@@ -110,15 +112,20 @@ impl DataPlane {
         if settings.port == 0 {
             return Err(Error::Invalid("port 0 is where nobody listens".to_owned()));
         }
+        let (tun, udp) = (open_tun(tun)?, open_udp(udp)?);
+        let rules = Rules {
+            own: settings.own,
+            mtu: settings.mtu,
+            peer_check: settings.peer_check,
+            takes_super_packets: tun.kinds().tcp,
+        };
+        let segments = sys::udp_segments(udp.as_fd());
         let engine = Engine {
-            tun: open_tun(tun)?,
-            udp: open_udp(udp)?,
+            tun,
+            udp,
+            segments,
             port: settings.port,
-            rules: Rules {
-                own: settings.own,
-                mtu: settings.mtu,
-                peer_check: settings.peer_check,
-            },
+            rules,
         };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::Os("eventfd".to_owned(), errno.into()))?;
@@ -269,34 +276,56 @@ fn wrong(name: &str, text: &str) -> Error {
 
 fn open_tun(fd: BorrowedFd<'_>) -> Result<Tun, Error> {
     let owned = duplicate(fd, "tun_fd")?;
-    if let Some(flags) = sys::tun_flags(fd) {
-        let kind = flags & (libc::IFF_TUN | libc::IFF_TAP).cast_unsigned();
-        if kind != libc::IFF_TUN.cast_unsigned() || flags & libc::IFF_NO_PI.cast_unsigned() == 0 {
-            return Err(wrong("tun_fd", "is not a TUN opened with IFF_TUN and IFF_NO_PI"));
-        }
-        if flags & libc::IFF_VNET_HDR.cast_unsigned() != 0 {
-            return Err(wrong(
-                "tun_fd",
-                "is a TUN opened with IFF_VNET_HDR, which is not supported yet",
-            ));
-        }
-    } else {
-        let pair = sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
-            && matches!(
-                sockopt::socket_type(fd),
-                Ok(SocketType::SEQPACKET | SocketType::DGRAM)
-            );
-        if !pair {
-            return Err(wrong(
-                "tun_fd",
-                "is neither an attached TUN nor a SEQPACKET or DGRAM socketpair",
-            ));
-        }
-    }
     let nonblocking = rustix::fs::fcntl_getfl(&owned)
         .and_then(|flags| rustix::fs::fcntl_setfl(&owned, flags | OFlags::NONBLOCK));
     nonblocking.map_err(|errno| Error::Os("tun_fd cannot be made non-blocking".to_owned(), errno.into()))?;
-    Ok(Tun::new(owned))
+    if let Some(flags) = sys::tun_flags(fd) {
+        let has = |flag: libc::c_int| flags & flag.cast_unsigned() != 0;
+        if !has(libc::IFF_TUN) || !has(libc::IFF_NO_PI) {
+            return Err(wrong("tun_fd", "is not a TUN opened with IFF_TUN and IFF_NO_PI"));
+        }
+        return if has(libc::IFF_VNET_HDR) {
+            open_offloading_tun(owned)
+        } else {
+            open_plain_tun(owned)
+        };
+    }
+    let pair = sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
+        && matches!(
+            sockopt::socket_type(fd),
+            Ok(SocketType::SEQPACKET | SocketType::DGRAM)
+        );
+    if pair {
+        Ok(Tun::plain(owned))
+    } else {
+        Err(wrong(
+            "tun_fd",
+            "is neither an attached TUN nor a SEQPACKET or DGRAM socketpair",
+        ))
+    }
+}
+
+fn open_plain_tun(fd: OwnedFd) -> Result<Tun, Error> {
+    // A persistent device remembers what an earlier agent could do with its packets; without headers we cannot.
+    sys::set_tun_offload(fd.as_fd(), TunOffload::Nothing)
+        .map_err(|error| Error::Os("tun_fd keeps its offloads".to_owned(), error))?;
+    Ok(Tun::plain(fd))
+}
+
+fn open_offloading_tun(fd: OwnedFd) -> Result<Tun, Error> {
+    sys::set_virtio_header_len(fd.as_fd(), virtio::LEN)
+        .map_err(|error| Error::Os("tun_fd takes no virtio headers of 10 bytes".to_owned(), error))?;
+    let kinds = if sys::set_tun_offload(fd.as_fd(), TunOffload::TcpAndUdp).is_ok() {
+        Kinds { tcp: true, udp: true }
+    } else if sys::set_tun_offload(fd.as_fd(), TunOffload::Tcp).is_ok() {
+        Kinds {
+            tcp: true,
+            udp: false,
+        }
+    } else {
+        Kinds::NONE
+    };
+    Ok(Tun::with_headers(fd, kinds))
 }
 
 fn open_udp(fd: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
@@ -313,5 +342,7 @@ fn open_udp(fd: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
         return Err(wrong("udp_fd", "is not bound to a port"));
     }
     sys::grow_buffers(fd, SOCKET_BUFFER);
+    // Without it datagrams come one by one: slower, nothing else.
+    let _ = sys::set_udp_gro(fd);
     Ok(owned)
 }

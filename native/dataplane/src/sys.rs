@@ -17,12 +17,55 @@ pub struct Part {
     pub len: usize,
 }
 
-/// A datagram to send, gathered from parts.
+impl Part {
+    pub fn of(self, buffer: &[u8]) -> &[u8] {
+        &buffer[self.start..self.start + self.len]
+    }
+
+    /// Cut into pieces of `size` bytes, the last as long as it comes. An empty part is one empty piece.
+    pub fn pieces(self, size: usize) -> impl Iterator<Item = Self> {
+        let size = size.max(1);
+        let count = self.len.div_ceil(size).max(1);
+        (0..count).map(move |n| Self {
+            start: self.start + n * size,
+            len: size.min(self.len - n * size),
+        })
+    }
+}
+
+/// A datagram to send, gathered from parts; or several, if they are longer than `segment_size`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
     pub to: Ipv4Addr,
     /// Which of the parts.
     pub parts: Range<usize>,
+    /// Bytes of each datagram; only the last may be shorter. A single datagram's own length, then.
+    pub segment_size: u16,
+}
+
+/// A control message with one value behind its header, laid out as `CMSG_DATA` would find it: `CMSG_ALIGN` of the
+/// header's size is the header's size, and the value's alignment is no larger than the header's.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Control<T> {
+    header: libc::cmsghdr,
+    value: T,
+}
+
+impl<T> Control<T> {
+    /// `CMSG_LEN` of the value.
+    const LEN: usize = mem::size_of::<libc::cmsghdr>() + mem::size_of::<T>();
+    /// `CMSG_SPACE` of the value.
+    const SPACE: usize = mem::size_of::<Self>();
+
+    fn new(kind: libc::c_int, value: T) -> Self {
+        // SAFETY: cmsghdr is a plain C structure of integers (padding on some targets); all zeros is valid.
+        let mut header: libc::cmsghdr = unsafe { mem::zeroed() };
+        header.cmsg_len = Self::LEN as _; // size_t here, socklen_t in musl
+        header.cmsg_level = libc::SOL_UDP;
+        header.cmsg_type = kind;
+        Self { header, value }
+    }
 }
 
 /// `sendmmsg`, with its structures kept between calls.
@@ -31,6 +74,7 @@ pub struct Sender {
     headers: Vec<libc::mmsghdr>,
     names: Vec<libc::sockaddr_in>,
     iovecs: Vec<libc::iovec>,
+    controls: Vec<Control<u16>>,
 }
 
 impl Sender {
@@ -48,7 +92,7 @@ impl Sender {
     ) -> io::Result<usize> {
         self.iovecs.clear();
         self.iovecs.extend(parts.iter().map(|part| {
-            let bytes = &buffer[part.start..part.start + part.len];
+            let bytes = part.of(buffer);
             libc::iovec {
                 iov_base: bytes.as_ptr().cast_mut().cast(),
                 iov_len: bytes.len(),
@@ -57,20 +101,31 @@ impl Sender {
         self.names.clear();
         self.names
             .extend(messages.iter().map(|message| socket_address(message.to, port)));
+        self.controls.clear();
+        self.controls.extend(
+            messages
+                .iter()
+                .map(|one| Control::new(libc::UDP_SEGMENT, one.segment_size)),
+        );
         self.headers.clear();
-        for (name, message) in self.names.iter_mut().zip(messages) {
+        for ((name, control), message) in self.names.iter_mut().zip(&mut self.controls).zip(messages) {
             let iovecs = &mut self.iovecs[message.parts.clone()];
             let mut header = empty_header();
             header.msg_hdr.msg_name = ptr::from_mut(name).cast();
             header.msg_hdr.msg_namelen = NAME_LEN;
             header.msg_hdr.msg_iov = iovecs.as_mut_ptr();
-            header.msg_hdr.msg_iovlen = iovecs.len();
+            header.msg_hdr.msg_iovlen = iovecs.len() as _;
+            let bytes: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+            if bytes > usize::from(message.segment_size) {
+                header.msg_hdr.msg_control = ptr::from_mut(control).cast();
+                header.msg_hdr.msg_controllen = Control::<u16>::SPACE as _;
+            }
             self.headers.push(header);
         }
         let count = self.headers.len() as libc::c_uint;
-        // SAFETY: `headers` holds `count` initialised entries; their pointers lead into `names` and `iovecs`, which
-        // are not touched again before the call returns, and from there into `buffer`, borrowed for the call. The
-        // kernel only reads through the iovecs.
+        // SAFETY: `headers` holds `count` initialised entries; their pointers lead into `names`, `controls` and
+        // `iovecs`, which are not touched again before the call returns, and from there into `buffer`, borrowed for
+        // the call. The kernel only reads through the iovecs.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -83,11 +138,14 @@ impl Sender {
     }
 }
 
-/// A datagram as received.
+/// A datagram as received, or several of one sender that the kernel merged (`UDP_GRO`).
 #[derive(Debug, Clone, Copy)]
-pub struct Datagram<'a> {
+pub struct Datagram {
     pub source: Ipv4Addr,
-    pub bytes: &'a [u8],
+    /// Of the receiver's buffer.
+    pub part: Part,
+    /// Bytes of each datagram; only the last may be shorter. Never zero.
+    pub segment_size: usize,
     /// It was longer than the slot; the rest is lost.
     pub truncated: bool,
 }
@@ -99,6 +157,7 @@ pub struct Receiver {
     headers: Vec<libc::mmsghdr>,
     names: Vec<libc::sockaddr_in>,
     iovecs: Vec<libc::iovec>,
+    controls: Vec<Control<libc::c_int>>,
 }
 
 impl Receiver {
@@ -109,29 +168,44 @@ impl Receiver {
             headers: Vec::with_capacity(slots),
             names: vec![socket_address(Ipv4Addr::UNSPECIFIED, 0); slots],
             iovecs: Vec::with_capacity(slots),
+            controls: vec![Control::new(0, 0); slots],
         }
     }
 
-    /// Fills slots with what is there, without waiting. Returns how many, at least one; `WouldBlock` if none.
-    pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+    /// Fills up to `slots` slots with what is there, without waiting. Returns how many, at least one; `WouldBlock`
+    /// if none.
+    pub fn receive(&mut self, socket: BorrowedFd<'_>, slots: usize) -> io::Result<usize> {
         self.iovecs.clear();
-        self.iovecs
-            .extend(self.buffer.chunks_exact_mut(self.slot).map(|slot| libc::iovec {
-                iov_base: slot.as_mut_ptr().cast(),
-                iov_len: slot.len(),
-            }));
+        self.iovecs.extend(
+            self.buffer
+                .chunks_exact_mut(self.slot)
+                .take(slots)
+                .map(|slot| libc::iovec {
+                    iov_base: slot.as_mut_ptr().cast(),
+                    iov_len: slot.len(),
+                }),
+        );
         self.headers.clear();
-        for (name, iovec) in self.names.iter_mut().zip(&mut self.iovecs) {
+        for ((name, control), iovec) in self
+            .names
+            .iter_mut()
+            .zip(&mut self.controls)
+            .zip(&mut self.iovecs)
+        {
             let mut header = empty_header();
             header.msg_hdr.msg_name = ptr::from_mut(name).cast();
             header.msg_hdr.msg_namelen = NAME_LEN;
             header.msg_hdr.msg_iov = iovec;
             header.msg_hdr.msg_iovlen = 1;
+            *control = Control::new(0, 0);
+            header.msg_hdr.msg_control = ptr::from_mut(control).cast();
+            header.msg_hdr.msg_controllen = Control::<libc::c_int>::SPACE as _;
             self.headers.push(header);
         }
         let count = self.headers.len() as libc::c_uint;
-        // SAFETY: `headers` holds `count` initialised entries; each points to its own name, its own iovec and by
-        // that to its own slot of `buffer`. All of them belong to `self`, borrowed mutably for the call.
+        // SAFETY: `headers` holds `count` initialised entries; each points to its own name, its own control message
+        // (any bytes are a valid value of it), its own iovec and by that to its own slot of `buffer`. All of them
+        // belong to `self`, borrowed mutably for the call.
         let received = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -144,15 +218,33 @@ impl Receiver {
         usize::try_from(received).map_err(|_| io::Error::last_os_error())
     }
 
+    /// What all parts are parts of.
+    pub fn buffer(&self) -> &[u8] {
+        &self.buffer
+    }
+
     /// What the last `receive` put into slot `at`.
-    pub fn datagram(&self, at: usize) -> Datagram<'_> {
+    pub fn datagram(&self, at: usize) -> Datagram {
         let header = &self.headers[at];
-        let length = (header.msg_len as usize).min(self.slot);
+        let len = (header.msg_len as usize).min(self.slot);
         Datagram {
             source: Ipv4Addr::from_bits(u32::from_be(self.names[at].sin_addr.s_addr)),
-            bytes: &self.buffer[at * self.slot..][..length],
+            part: Part {
+                start: at * self.slot,
+                len,
+            },
+            segment_size: self.segment_size(at).unwrap_or(len).max(1),
             truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
         }
+    }
+
+    /// What `UDP_GRO` says, if it says anything.
+    fn segment_size(&self, at: usize) -> Option<usize> {
+        let (header, control) = (&self.headers[at].msg_hdr, &self.controls[at]);
+        let told = header.msg_controllen >= Control::<libc::c_int>::LEN
+            && control.header.cmsg_level == libc::SOL_UDP
+            && control.header.cmsg_type == libc::UDP_GRO;
+        told.then(|| usize::try_from(control.value).ok()).flatten()
     }
 }
 
@@ -175,16 +267,90 @@ fn empty_header() -> libc::mmsghdr {
     unsafe { mem::zeroed() }
 }
 
+// linux/if_tun.h; libc names them on some targets only.
+const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0_u32 as libc::Ioctl; // _IOW('T', 208, unsigned int)
+const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32 as libc::Ioctl; // _IOR('T', 210, unsigned int)
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8_u32 as libc::Ioctl; // _IOW('T', 216, int)
+const TUN_F_CSUM: libc::c_ulong = 0x01;
+const TUN_F_TSO4: libc::c_ulong = 0x02;
+const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
+const TUN_F_USO4: libc::c_ulong = 0x20;
+const TUN_F_USO6: libc::c_ulong = 0x40;
+
 /// What `TUNGETIFF` says about a descriptor: the device's flags, or None if it is not an attached TUN.
 pub fn tun_flags(fd: BorrowedFd<'_>) -> Option<u32> {
-    // _IOR('T', 210, unsigned int), see linux/if_tun.h; libc names it on some targets only.
-    const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32 as libc::Ioctl;
     // SAFETY: ifreq is a plain C structure and union of integers and bytes; all zeros is a valid value.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
     // SAFETY: TUNGETIFF writes one ifreq, which `request` is; on anything but a TUN it fails without writing.
     let status = unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF, ptr::from_mut(&mut request)) };
     // SAFETY: the kernel, or the zeroing above, initialised the whole union; flags are a plain integer.
     (status == 0).then(|| u32::from(unsafe { request.ifr_ifru.ifru_flags }.cast_unsigned()))
+}
+
+/// What a TUN may hand over and take unfinished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunOffload {
+    /// Everything is finished: for a TUN without `IFF_VNET_HDR`.
+    Nothing,
+    /// Checksums and TCP super-packets.
+    Tcp,
+    /// And UDP super-packets: Linux 6.2, and only for both IP versions at once.
+    TcpAndUdp,
+}
+
+/// Tells the kernel what we can do with packets from this TUN. EINVAL means that it does not know all of it.
+pub fn set_tun_offload(fd: BorrowedFd<'_>, offload: TunOffload) -> io::Result<()> {
+    let tcp = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN;
+    let bits = match offload {
+        TunOffload::Nothing => 0,
+        TunOffload::Tcp => tcp,
+        TunOffload::TcpAndUdp => tcp | TUN_F_USO4 | TUN_F_USO6,
+    };
+    // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours.
+    let status = unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETOFFLOAD, bits) };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets how many bytes `virtio_net_hdr` has on this TUN.
+pub fn set_virtio_header_len(fd: BorrowedFd<'_>, len: usize) -> io::Result<()> {
+    let len = libc::c_int::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
+    let status = unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETVNETHDRSZ, ptr::from_ref(&len)) };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Lets the kernel hand over datagrams of one flow merged (Linux 5.0). False if it cannot.
+pub fn set_udp_gro(socket: BorrowedFd<'_>) -> bool {
+    set_option(socket, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok()
+}
+
+/// How many datagrams the kernel takes in one message (`UDP_SEGMENT`); 1 if it knows nothing of it.
+///
+/// `UDP_MAX_SEGMENTS` is 64, and 128 since Linux 6.9. Kernels before count their own header against the product of
+/// size and limit, so one less is always safe.
+pub fn udp_segments(socket: BorrowedFd<'_>) -> usize {
+    // Zero is the default: "no segmentation unless a message asks for it".
+    if set_option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_err() {
+        return 1;
+    }
+    if kernel_version() >= (6, 9) { 127 } else { 63 }
+}
+
+fn kernel_version() -> (u32, u32) {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 /// Asks for socket buffers of `bytes` in both directions, past the system's limits if we may (`CAP_NET_ADMIN`),
@@ -255,6 +421,7 @@ mod tests {
         let to_us = |parts| Message {
             to: Ipv4Addr::LOCALHOST,
             parts,
+            segment_size: 100,
         };
         let messages = [to_us(0..2), to_us(1..2), to_us(2..3)];
         let sent = Sender::default()
@@ -263,18 +430,60 @@ mod tests {
         assert_eq!(sent, 3);
 
         let mut receiver = Receiver::new(8, 8);
-        assert_eq!(receiver.receive(to.as_fd()).unwrap(), 3);
+        assert_eq!(receiver.receive(to.as_fd(), 8).unwrap(), 3);
         let got = [0, 1, 2].map(|at| receiver.datagram(at));
         assert_eq!(
-            got.map(|datagram| datagram.bytes),
+            got.map(|datagram| datagram.part.of(receiver.buffer())),
             [&b"hellowor"[..], b"world", b""]
         );
         assert_eq!(got.map(|datagram| datagram.truncated), [true, false, false]);
         assert!(got.iter().all(|datagram| datagram.source == Ipv4Addr::LOCALHOST));
         assert_eq!(
-            receiver.receive(to.as_fd()).unwrap_err().kind(),
+            receiver.receive(to.as_fd(), 8).unwrap_err().kind(),
             io::ErrorKind::WouldBlock
         );
+    }
+
+    #[test]
+    fn a_group_arrives_as_its_datagrams_and_merged_where_that_is_asked_for() {
+        let (from, plain) = (
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+        );
+        let merging = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(set_udp_gro(merging.as_fd()));
+        assert!(udp_segments(from.as_fd()) >= 63);
+        let parts = [Part { start: 0, len: 2 }, Part { start: 2, len: 5 }];
+        let group = [Message {
+            to: Ipv4Addr::LOCALHOST,
+            parts: 0..2,
+            segment_size: 3,
+        }];
+        for to in [&plain, &merging] {
+            let port = to.local_addr().unwrap().port();
+            assert_eq!(
+                Sender::default()
+                    .send(from.as_fd(), port, b"abcdefg", &parts, &group)
+                    .unwrap(),
+                1
+            );
+        }
+        let mut receiver = Receiver::new(8, 100);
+        assert_eq!(receiver.receive(plain.as_fd(), 8).unwrap(), 3);
+        let got = [0, 1, 2].map(|at| receiver.datagram(at).part.of(receiver.buffer()).to_vec());
+        assert_eq!(got, [&b"abc"[..], b"def", b"g"]);
+
+        assert_eq!(receiver.receive(merging.as_fd(), 8).unwrap(), 1);
+        let datagram = receiver.datagram(0);
+        assert_eq!(
+            (datagram.segment_size, datagram.part.of(receiver.buffer())),
+            (3, &b"abcdefg"[..])
+        );
+    }
+
+    #[test]
+    fn the_running_kernel_has_a_version() {
+        assert!(kernel_version() >= (3, 0));
     }
 
     #[test]

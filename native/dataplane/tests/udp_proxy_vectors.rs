@@ -103,6 +103,7 @@ fn ours(direction: &str, case: &str, input: &[u8]) -> Output {
         own: "172.17.41.1/24".parse().unwrap(),
         mtu: 1472,
         peer_check: PeerCheck::Strict,
+        takes_super_packets: false,
     };
     let routes = routes_before(case);
     let mut output = Output::default();
@@ -128,7 +129,7 @@ fn ours(direction: &str, case: &str, input: &[u8]) -> Output {
             PEER1
         };
         let verdict = forward::from_peer(input, sender, &routes, &rules);
-        output.tun = verdict.ok().map(|packet| packet.bytes().to_vec());
+        output.tun = verdict.ok().map(|delivery| delivery.packet().bytes().to_vec());
     }
     output
 }

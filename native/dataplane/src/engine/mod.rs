@@ -38,6 +38,8 @@ pub struct Shared {
 pub struct Engine {
     pub tun: Tun,
     pub udp: OwnedFd,
+    /// How many packets the kernel takes in one message.
+    pub segments: usize,
     pub port: u16,
     pub rules: Rules,
 }
@@ -49,8 +51,8 @@ const ROUNDS: usize = 64;
 impl Engine {
     /// Runs until `shared.stop`, or until a descriptor fails for good: then the text says which and why.
     pub fn run(self, shared: &Shared) -> Result<(), String> {
-        let mut transmit = Transmit::new();
-        let mut receive = Receive::new(self.rules.mtu);
+        let mut transmit = Transmit::new(self.segments);
+        let mut receive = Receive::new(self.tun.kinds());
         let mut underlay = transmit::UdpSocket::new(self.udp.as_fd(), self.port);
         let mut tally = Tally::default();
         let mut stalled = false;
