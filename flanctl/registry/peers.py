@@ -67,22 +67,36 @@ class Follower:
             return table_of(self._known.values(), self._revision)
 
     def run(self) -> None:
-        tries, since = 0, 0.0
+        pause, tries, since, watch_failed = FIRST_RETRY, 0, 0.0, False
+
+        def answers() -> None:
+            nonlocal tries
+            if tries:
+                self._post(RegistryBack(self._clock.now() - since, tries))
+                tries = 0
+
         while not self._stop.is_set():
+            began, listed = self._clock.now(), False
             try:
                 self._list()
-                if tries:
-                    self._post(RegistryBack(self._clock.now() - since, tries))
-                    tries = 0
-                self._follow()
+                listed = True
+                if not watch_failed:
+                    answers()
+                self._follow(answers)
+                watch_failed = False
             except FlanctlError as error:
                 if self._stop.is_set():
                     return
-                since = since if tries else self._clock.now()
+                # A server that lists but cannot watch is not back because it listed once more; and only a watch that
+                # lived a while makes the next pause a short one again.
+                watch_failed = listed
+                now = self._clock.now()
+                since = since if tries else now
                 tries += 1
-                self._post(RegistryTrouble(error))
-                delay = min(LAST_RETRY, FIRST_RETRY * 2 ** min(tries - 1, 10))
-                self._clock.wait(self._stop, delay * random.uniform(0.8, 1.2))  # noqa: S311
+                self._post(RegistryTrouble(error, now - since))
+                pause = FIRST_RETRY if now - began > LAST_RETRY else pause
+                self._clock.wait(self._stop, pause * random.uniform(0.8, 1.2))  # noqa: S311
+                pause = min(LAST_RETRY, pause * 2)
 
     def stop(self) -> None:
         """`run` returns soon; twice is fine."""
@@ -110,25 +124,36 @@ class Follower:
         if first or changed:
             self._mark()
 
-    def _follow(self) -> None:
+    def _follow(self, answers: Callable[[], None]) -> None:
         """Watch until it is time to list again, the store forgot our revision, or something breaks."""
-        relist = self._clock.now() + self._relist_seconds * random.uniform(0.9, 1.1)  # noqa: S311
         with self._leases.store.watch(self._leases.folder, after=self._revision) as watch:
             with self._lock:
                 self._watch = watch
+            if self._stop.is_set():  # it came before there was a watch it could close
+                return
+            over = threading.Event()
+            alarm = threading.Thread(
+                target=self._relist_later, args=(watch, over), name="peer relist", daemon=True
+            )
+            alarm.start()
             try:
-                if self._stop.is_set():
-                    return
                 for event in watch:
-                    if isinstance(event, Compacted):
+                    answers()
+                    if isinstance(event, Compacted) or self._stop.is_set():
                         return
                     if self._take(event):
                         self._mark()
-                    if self._clock.now() >= relist or self._stop.is_set():
-                        return
             finally:
                 with self._lock:
                     self._watch = None
+                over.set()
+                alarm.join()
+
+    def _relist_later(self, watch: Watch, over: threading.Event) -> None:
+        """End the watch when it is time to list again: a watch that died without a word wakes nobody."""
+        seconds = self._relist_seconds * random.uniform(0.9, 1.1)  # noqa: S311
+        if not self._clock.wait(over, seconds):
+            watch.close()
 
     def _take(self, event: Event) -> bool:
         """True if what is known changed. A renewal that writes the same value anew changes nothing for us."""

@@ -12,11 +12,13 @@ from flanctl.errors import RegistryUnreachable
 from flanctl.model.dialect import Dialect
 from flanctl.registry.leases import Leases, RegistryBack, RegistryTrouble
 from flanctl.registry.peers import Follower, PeersChanged
+from flanctl.registry.stores import memory
 from flanctl.registry.stores.memory import MemoryStore
 from tests.support.clock import FakeClock
 from tests.support.deadline import until
 
 PREFIX = "/jxdd/network"
+AWAY = RegistryUnreachable("no answer")
 
 
 class Followed:
@@ -200,6 +202,69 @@ def test_everybody_gone_at_once_is_asked_twice(store, clock):
         assert one.follower.table().leases[0].subnet == IPv4Network("172.17.1.0/24")
     finally:
         one.stop()
+
+
+def test_the_list_is_read_again_even_behind_a_watch_that_never_says_a_word(store, follow, clock, monkeypatch):
+    """flannel.md 11, row 28: a load balancer drops the connection and nobody is told."""
+    monkeypatch.setattr(memory, "PROGRESS_SECONDS", 1e9)
+    one = follow()
+    one.next(PeersChanged)
+    until(lambda: clock.waiting == 1)
+    clock.advance(700.0)
+    until(lambda: one.follower._leases.store.calls.count("list") >= 2)
+
+
+def test_a_watch_that_breaks_is_told_and_what_was_missed_is_found(store, clock):
+    client = store.another()
+    one = Followed(client, clock)
+    try:
+        one.next(PeersChanged)
+        one.follower.table()
+        client.fail("event", AWAY)
+        one.next(RegistryTrouble)
+        put(store, 1)
+        until(lambda: (clock.advance(5.0), one.subnets() == ["172.17.1.0/24"])[1])
+        assert one.next(RegistryBack).tries == 1
+    finally:
+        one.stop()
+
+
+def test_a_server_that_lists_but_cannot_watch_is_asked_ever_less_and_is_not_back(store, clock):
+    client = store.another()
+    client.fail("watch", AWAY, times=1000)
+    one = Followed(client, clock)
+    try:
+        for tries in range(1, 12):
+            until(lambda tries=tries: client.calls.count("watch") == tries and clock.waiting == 1)
+            clock.advance(min(5.0, 0.1 * 2 ** (tries - 1)) * 0.79)
+            assert clock.waiting == 1
+            assert client.calls.count("watch") == tries
+            clock.advance(5.0)
+        one.next(PeersChanged)
+        reports = []
+        while not one.inbox.empty():
+            reports.append(one.inbox.get())
+        assert {type(report) for report in reports} == {RegistryTrouble}
+    finally:
+        one.stop()
+
+
+def test_a_stop_between_opening_the_watch_and_waiting_for_it_is_not_missed(store, clock, monkeypatch):
+    monkeypatch.setattr(memory, "PROGRESS_SECONDS", 1e9)
+    client = store.another()
+    follower = Follower(Leases(client, PREFIX, Dialect.V0_28, clock), lambda _: None)
+    open_watch = client.watch
+
+    def opened_while_stopping(prefix, *, after):
+        watch = open_watch(prefix, after=after)
+        follower.stop()
+        return watch
+
+    client.watch = opened_while_stopping
+    thread = threading.Thread(target=follower.run, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def test_stopping_is_prompt_and_twice_is_fine(follow):
