@@ -348,6 +348,7 @@ class Connection:
 
     def begin(self, deadline: float) -> None:
         """Read the head of an answer; `status` and `headers` are known then."""
+        self.status = 0
         while True:
             try:
                 self._head(deadline)
@@ -452,6 +453,8 @@ class Connection:
             data = self._do(lambda: self._socket.recv(256 << 10), select.POLLIN, deadline)
         except OSError as error:
             raise self._broken(error) from None
+        if not data and (self._buffer or self.status):
+            raise Refusal("breaks off its answer", unsure=True)
         if not data:
             raise Refusal("closed the connection without an answer", unsure=True, kind="closed")
         self._buffer += data
