@@ -489,9 +489,13 @@ mod tests {
         }
     }
 
-    /// Source address and protocol: enough to tell our flows apart.
-    fn flow(packet: &[u8]) -> (u8, u8) {
-        (packet[15], packet[9])
+    /// Source address, protocol and ports: enough to tell our flows apart.
+    fn flow(packet: &[u8]) -> (u8, u8, [u8; 4]) {
+        (
+            packet[15],
+            packet[9],
+            [packet[20], packet[21], packet[22], packet[23]],
+        )
     }
 
     /// With DF set ids mean nothing (RFC 6864), and the header checksum covers them.
