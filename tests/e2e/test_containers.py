@@ -89,6 +89,7 @@ def topology(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Topolog
         containers = [docker.run(_WEB) for docker in dockers]
         wait_until_reachable(containers[0], containers[1].address)
         yield Topology(lab, cluster, endpoints, agents, dockers, containers)
+    assert [left for docker in dockers for left in docker.leftovers()] == []
 
 
 def _cluster(lab: Lab, version: Version, members: int, folder: Path) -> Cluster:

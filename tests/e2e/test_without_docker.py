@@ -157,12 +157,12 @@ def test_a_reboot_takes_the_same_subnet(network: Network, keep_state: bool) -> N
 
 
 def test_what_is_counted_is_what_was_sent(network: Network) -> None:
-    """Packets of a ping show in the counters of both agents, and none as dropped."""
+    """Five echo requests of 84 bytes and their answers, on both hosts, and nothing dropped."""
     (one, two), (a, b) = network.agents, network.containers
     before = [agent.counters() for agent in (one, two)]
     assert_pings(a, b.address)
-    after = [agent.counters() for agent in (one, two)]
-    for was, now in zip(before, after, strict=True):
-        grown = {name: count - was.get(name, 0) for name, count in now.items()}
-        assert not {name: count for name, count in grown.items() if name.startswith("drop-") and count}
-        assert sum(count >= 5 for count in grown.values()) >= 2, grown
+    for agent, was in zip((one, two), before, strict=True):
+        grown = {name: grew for name, count in agent.counters().items() if (grew := count - was.get(name, 0))}
+        # The kernel's own IPv6 solicitations on a new device are none of ours.
+        grown.pop("drop-bad-version", None)
+        assert grown == {"out-packets": 5, "out-bytes": 420, "in-packets": 5, "in-bytes": 420}

@@ -165,6 +165,16 @@ class Dockerd:
                 until(lambda group=group: _removed(group), seconds=3.0, fail=False)  # type: ignore[misc]
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def leftovers(self) -> tuple[str, ...]:
+        """What is still there of us. Empty once the lab is closed, which ends the shims of a crashed daemon."""
+        folder = str(self.folder)
+        commands = {pid: _command_of(pid) for pid in os.listdir("/proc") if pid.isdigit()}
+        return (
+            *(f"control group {group}" for group in self._groups()),
+            *(f"process {pid} {command}" for pid, command in commands.items() if folder in command),
+            *([f"folder {folder}"] if self.folder.exists() else []),
+        )
+
     def _wait_ready(self) -> None:
         def up() -> bool:
             assert self._process is not None
@@ -203,6 +213,13 @@ class Dockerd:
 
     def _last_lines(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _command_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
+    except OSError:
+        return ""
 
 
 def _kill(pid: int) -> None:
