@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 
 from flanctl.demo.hosts import Lab
 from tests.e2e.reachability import (
+    MTU,
     RunningPing,
     assert_mtu,
     assert_pings,
@@ -54,14 +55,21 @@ _WEB = (
 
 @dataclass
 class Topology:
-    """Two hosts that are up, each with an agent, a dockerd and a container."""
+    """An etcd, and hosts each with an agent, a dockerd and a container; hosts that join later have no dockerd."""
 
     lab: Lab
     cluster: Cluster
     endpoints: str
-    agents: list[RunningAgent]
-    dockers: list[Dockerd]
-    containers: list[DockerContainer]
+    agents: list[RunningAgent] = field(default_factory=list)
+    dockers: list[Dockerd] = field(default_factory=list)
+    containers: list[DockerContainer] = field(default_factory=list)
+
+    def join(self, folder: Path, *options: str) -> RunningAgent:
+        """One more host with an agent, not waited for."""
+        words = ("--prefix", PREFIX, "--iface", "eth0", *options)
+        agent = RunningAgent.start(self.lab.add_host(), folder, self.endpoints, *words)
+        self.agents.append(agent)
+        return agent
 
     def subnets(self) -> dict[str, dict[str, object]]:
         """`flanctl subnets ls -w json` on the first host, by public IP."""
@@ -76,20 +84,16 @@ def topology(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Topolog
     with ExitStack() as stack:
         lab = stack.enter_context(Lab("docker"))
         cluster = stack.enter_context(_cluster(lab, version, members, tmp_path / "etcd"))
-        hosts = [lab.add_host(), lab.add_host()]
         endpoints = ",".join(cluster.endpoints)
-        flanctl(hosts[0], endpoints, "--prefix", PREFIX, "net", "init", "--network", "172.17.0.0/16")
-        agents = [
-            RunningAgent.start(
-                host, tmp_path / host.name, endpoints, "--prefix", PREFIX, "--iface", "eth0", *options
-            )
-            for host in hosts
-        ]
-        dockers = [stack.enter_context(_dockerd(agent)) for agent in agents]
-        containers = [docker.run(_WEB) for docker in dockers]
-        wait_until_reachable(containers[0], containers[1].address)
-        yield Topology(lab, cluster, endpoints, agents, dockers, containers)
-    assert [left for docker in dockers for left in docker.leftovers()] == []
+        flanctl(lab.underlay, endpoints, "--prefix", PREFIX, "net", "init", "--network", "172.17.0.0/16")
+        topology = Topology(lab, cluster, endpoints)
+        for name in ("h1", "h2"):
+            topology.join(tmp_path / name, *options)
+        topology.dockers += [stack.enter_context(_dockerd(agent)) for agent in topology.agents]
+        topology.containers += [docker.run(_WEB) for docker in topology.dockers]
+        wait_until_reachable(topology.containers[0], topology.containers[1].address)
+        yield topology
+    assert [left for docker in topology.dockers for left in docker.leftovers()] == []
 
 
 def _cluster(lab: Lab, version: Version, members: int, folder: Path) -> Cluster:
@@ -112,7 +116,7 @@ def _dockerd(agent: RunningAgent) -> Dockerd:
 
 def _assert_reachable(topology: Topology) -> None:
     """Both ways: ping, the MTU, UDP of DNS's sizes, TCP by hash, container to host and host to container."""
-    (a, b), (one, two) = topology.containers, topology.agents
+    (a, b), (one, two) = topology.containers, topology.agents[:2]
     for here, there, host, agent in ((a, b, two.host, two), (b, a, one.host, one)):
         assert there.address in agent.subnet, "dockerd took the subnet of docker-opts"
         assert_pings(here, there.address)
@@ -157,8 +161,10 @@ def test_containers_reach_each_other_with_etcd_34(topology: Topology) -> None:
 @pytest.mark.parametrize(
     "topology", [("3.7", 3, ("--ip-masq",))], indirect=True, ids=["etcd 3.7, three members"]
 )
-def test_containers_reach_each_other_while_the_etcd_leader_is_killed(topology: Topology) -> None:
-    """With three members of etcd 3.7: no packet is lost when the leader goes, and leases are listed without it."""
+def test_containers_reach_each_other_while_the_etcd_leader_is_killed(
+    topology: Topology, tmp_path: Path
+) -> None:
+    """With three members of etcd 3.7: no packet is lost when the leader goes; a host joins without it, and all hear of it."""
     a, b = topology.containers
     _assert_reachable(topology)
     _assert_listed(topology)
@@ -168,8 +174,12 @@ def test_containers_reach_each_other_while_the_etcd_leader_is_killed(topology: T
     topology.cluster.kill(leader)
     assert topology.cluster.leader() != leader
     _assert_listed(topology)
+    three = topology.join(tmp_path / "h3", "--ip-masq").wait()
+    c = three.host.add_container(three.gateway, MTU)
+    wait_until_reachable(a, c.address)
+    wait_until_reachable(b, c.address)
     topology.cluster.restart(leader)
     _assert_listed(topology)
     running.wait_answers(5)
     assert running.lost() == 0
-    assert [agent.process.poll() for agent in topology.agents] == [None, None]
+    assert [agent.process.poll() for agent in topology.agents] == [None] * 3
