@@ -279,6 +279,56 @@ def test_a_foreign_value_under_our_key_is_a_lost_lease_and_is_never_overwritten(
     assert b"192.168.6.77" in store.get(held.lease.key).value
 
 
+class TakenMeanwhile:
+    """Between our look at the key and our write somebody else is faster, once."""
+
+    def __init__(self, store, value):
+        self._store, self._value = store, value
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def _be_faster(self, key):
+        value, self._value = self._value, None
+        if value is not None:
+            self._store.delete(key)
+            self._store.create(key, value, ttl=60)
+
+    def create(self, key, value, *, ttl):
+        self._be_faster(key)
+        return self._store.create(key, value, ttl=ttl)
+
+    def replace(self, key, value, *, ttl, expected):
+        self._be_faster(key)
+        return self._store.replace(key, value, ttl=ttl, expected=expected)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "garbage"])
+def test_another_host_that_is_faster_while_we_write_our_key_again_has_it(store, leases, clock, harm):
+    held = leases.acquire(config(), host(ONE))
+    _do_harm(store, held, harm)
+    racing = Leases(TakenMeanwhile(store, host(TWO).format(Dialect.V0_28)), PREFIX, Dialect.V0_28, clock)
+    with pytest.raises(LeaseLost, match=str(TWO)):
+        racing.renew(held)
+    assert store.get(held.lease.key).value == host(TWO).format(Dialect.V0_28)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "garbage"])
+def test_a_value_of_ours_that_appears_while_we_write_our_key_again_is_ours(store, leases, clock, harm):
+    held = leases.acquire(config(), host(ONE))
+    _do_harm(store, held, harm)
+    racing = Leases(TakenMeanwhile(store, b'{"PublicIP":"192.168.6.2"}'), PREFIX, Dialect.V0_28, clock)
+    assert racing.renew(held).lease.subnet == held.lease.subnet
+    assert store.get(held.lease.key).value == held.entry.value
+
+
+def _do_harm(store, held, harm):
+    if harm == "deleted":
+        store.delete(held.lease.key)
+    else:
+        store.replace(held.lease.key, b"", ttl=60, expected=held.entry.revision)
+
+
 def test_garbage_under_our_key_claims_nothing_and_is_put_right(store, leases):
     held = leases.acquire(config(), host(ONE))
     store.replace(held.lease.key, b"", ttl=None, expected=held.entry.revision)

@@ -229,24 +229,35 @@ def test_a_watch_that_breaks_is_told_and_what_was_missed_is_found(store, clock):
         one.stop()
 
 
-def test_a_server_that_lists_but_cannot_watch_is_asked_ever_less_and_is_not_back(store, clock):
-    client = store.another()
+class NotesPauses(FakeClock):
+    """A clock that remembers how long it was asked to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.pauses = []
+
+    def wait(self, stop, seconds):
+        self.pauses.append(seconds)
+        return super().wait(stop, seconds)
+
+
+def test_a_server_that_lists_but_cannot_watch_is_asked_ever_less_and_is_not_back(store):
+    clock, client = NotesPauses(), store.another()
     client.fail("watch", AWAY, times=1000)
     one = Followed(client, clock)
     try:
-        for tries in range(1, 12):
-            until(lambda tries=tries: client.calls.count("watch") == tries and clock.waiting == 1)
-            clock.advance(min(5.0, 0.1 * 2 ** (tries - 1)) * 0.79)
-            assert clock.waiting == 1
-            assert client.calls.count("watch") == tries
-            clock.advance(5.0)
-        one.next(PeersChanged)
-        reports = []
-        while not one.inbox.empty():
-            reports.append(one.inbox.get())
-        assert {type(report) for report in reports} == {RegistryTrouble}
+        for tries in range(1, 11):
+            until(lambda tries=tries: len(clock.pauses) == tries and clock.waiting == 1)
+            clock.advance(clock.pauses[-1])
     finally:
         one.stop()
+    for number, pause in enumerate(clock.pauses[:10]):
+        wanted = min(5.0, 0.1 * 2**number)
+        assert 0.8 * wanted <= pause <= 1.2 * wanted
+    reports = []
+    while not one.inbox.empty():
+        reports.append(type(one.inbox.get()))
+    assert set(reports) == {PeersChanged, RegistryTrouble}
 
 
 def test_a_stop_between_opening_the_watch_and_waiting_for_it_is_not_missed(store, clock, monkeypatch):
