@@ -56,6 +56,8 @@ class UdpBackend:
         self._socket: socket.socket | None = None
         self._plane: DataPlane | None = None
         self._device: Device | None = None
+        self._index = 0
+        """The device's at the time we opened it: a device of that name with another index is not the one we hold."""
         self._subnet: IPv4Network | None = None
         self._stopped = threading.Event()
 
@@ -104,6 +106,8 @@ class UdpBackend:
         descriptor = open_device(self._kernel, DEVICE)
         try:
             ensure_device(self._kernel, device)
+            link = self._kernel.link(DEVICE)
+            self._index = 0 if link is None else link.index
             plane = DataPlane(
                 descriptor,
                 self._socket.fileno(),
@@ -125,14 +129,17 @@ class UdpBackend:
             self._plane.stop(1.0)
             self._open()
             repaired.append(f"data plane had ended ({why}), started anew")
-        try:
-            repaired += ensure_device(self._kernel, self._device)
-        except NotFound:
-            # Deleted under us: its descriptor died with it.
+        link = self._kernel.link(DEVICE)
+        if link is None or link.index != self._index:
+            # Deleted under us: its descriptor died with it. If somebody made another in its place, opening refuses.
             self._plane.stop(1.0)
             self._open()
             repaired.append(f"{DEVICE} was gone, made anew")
-        link = self._kernel.link(DEVICE)
+        try:
+            repaired += ensure_device(self._kernel, self._device)
+            link = self._kernel.link(DEVICE)
+        except NotFound:
+            link = None
         if link is None:
             return ApplyReport(len(peers), tuple(repaired), (f"{DEVICE} is gone again",))
         wanted = [] if self._config.dialect is Dialect.V0_7 else [device_route(link, self._config.network)]
