@@ -170,6 +170,7 @@ class Agent:
 
     def check(self) -> None:
         """Everything `run` looks at before it acts. Raises the error that would end it; says what was found."""
+        self._refuse_unwritable()
         config = read_config(self._store, self._options.prefix, self._dialect).config
         machine = self._look(config)
         try:
@@ -178,6 +179,26 @@ class Agent:
         finally:
             machine.backend.stop()
             machine.close()
+
+    def _refuse_unwritable(self) -> None:
+        """Now, and not when lease and device are there: files that could never be written."""
+        for path in self._files():
+            folder = path.parent if path.parent.exists() else path.parent.parent
+            if not folder.is_dir():
+                raise NotFound(
+                    f"cannot write {path}: there is no directory {folder}", hint=f"mkdir -p {path.parent}"
+                )
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise NotPermitted(f"cannot write {path}: no right to write in {folder}")
+
+    def _sweep(self) -> None:
+        """Remove what an agent that was killed while it wrote has left beside its files (files.write_atomically)."""
+        for path in self._files():
+            for leftover in path.parent.glob(f".{path.name}.*"):
+                leftover.unlink(missing_ok=True)
+
+    def _files(self) -> tuple[Path, Path]:
+        return self._options.subnet_file, self._options.state_dir / state_file.FILE
 
     def _introduce(self, config: NetworkConfig, machine: Machine) -> None:
         for sentence in (*config.warnings, *machine.underlay.warnings, *machine.warnings):
@@ -196,11 +217,13 @@ class Agent:
         with _signals(self._on_signal), lock(self._options.run_dir):
             machine: Machine | None = None
             try:
+                self._refuse_unwritable()
                 config = self._wait_for_config()
                 machine = self._look(config)
                 self._introduce(config, machine)
                 machine.backend.check()
                 # ------------------------------------------------------------------ from here on we act
+                self._sweep()
                 self._live(config, machine)
             except StopRequested:
                 pass
