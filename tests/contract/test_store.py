@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from flanctl.errors import Conflict, FlanctlError
+from flanctl.registry.stores.open import Connection, open_store
 from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
 from tests.support.deadline import until
+from tests.support.etcd import Cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from flanctl.registry.stores.store import Event, Store, Watch
     from tests.contract.conftest import Backend
@@ -606,3 +609,22 @@ class TestStore:
             with pytest.raises(FlanctlError) as caught:
                 act()
             assert prefix + "a" in str(caught.value)
+
+
+@pytest.mark.needs("etcd34")
+def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: str) -> None:
+    """Both ways into it: a call that finds the gateway off, and a watch that does."""
+    with Cluster("3.4", folder=tmp_path, extra=["--enable-grpc-gateway=false"]) as cluster:
+        connection = Connection(cluster.endpoints)
+        with contextlib.closing(open_store(connection, prefer="gateway")) as store:
+            assert "HTTP" in store.name
+            created = store.create(prefix + "a", b"1", ttl=LONG)
+            assert "gRPC" in store.name
+            assert timeless(store.get(prefix + "a")) == timeless(created)
+        with (
+            contextlib.closing(open_store(connection, prefer="gateway")) as store,
+            Reader(store.watch(prefix, after=created.revision - 1)) as reader,
+        ):
+            assert reader.wait_for(1) == [Put(timeless(created))]
+            changed = store.replace(prefix + "a", b"2", ttl=None, expected=created.revision)
+            assert reader.wait_for(2)[1:] == [Put(changed)]

@@ -1,0 +1,224 @@
+"""Which store an endpoint gives, what that costs to import, and the way from the gateway to gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+from flanctl.errors import NotFound, RegistryUnreachable, UsageError
+from flanctl.registry.stores import open as opening
+from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore, GatewayOff
+from flanctl.registry.stores.memory import MemoryStore
+from flanctl.registry.stores.open import Connection, FallbackStore, open_store
+from flanctl.registry.stores.sqlite import SqliteStore
+from flanctl.registry.stores.store import Put
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from flanctl.registry.stores.store import Store
+
+PREFERENCES: tuple[Literal["gateway", "grpc"], ...] = ("gateway", "grpc")
+
+
+class TestChoice:
+    @pytest.mark.parametrize("prefer", PREFERENCES)
+    def test_sqlite_names_a_file(self, tmp_path: Path, prefer: Literal["gateway", "grpc"]) -> None:
+        connection = Connection((f"sqlite:{tmp_path}/r, 1.db",))
+        with contextlib.closing(open_store(connection, prefer=prefer)) as store:
+            assert isinstance(store, SqliteStore)
+            assert store.describe().endswith(f"{tmp_path}/r, 1.db")
+
+    def test_the_files_errors_come_at_once(self, tmp_path: Path) -> None:
+        with pytest.raises(NotFound, match="no directory"):
+            open_store(Connection((f"sqlite:{tmp_path}/none/r.db",)), prefer="gateway")
+
+    @pytest.mark.parametrize(
+        "endpoint", ["http://127.0.0.1:2379", "https://etcd-1:2379", "etcd-1", "[::1]:2379"]
+    )
+    def test_anything_else_is_etcd_and_connects_to_nobody_yet(self, endpoint: str) -> None:
+        with contextlib.closing(open_store(Connection((endpoint,)), prefer="gateway")) as store:
+            assert isinstance(store, FallbackStore)
+            assert store.name == EtcdGatewayStore.name
+
+    @pytest.mark.parametrize(
+        ("endpoints", "words"),
+        [
+            ((), "no etcd endpoint given"),
+            (("",), "no etcd endpoint given"),
+            (("memory:",), "memory: is for tests only"),
+            (("sqlite:",), "sqlite: names no file"),
+            (("sqlite:/a", "sqlite:/b"), "either sqlite:PATH or etcd|a file is a registry by itself"),
+            (("http://a", "sqlite:/b"), "a file is a registry by itself"),
+            (("sqlite:/b", "http://a"), "a file is a registry by itself"),
+            (("consul://a",), "consul://a"),
+            (("http://a", "unix:///run/etcd"), "unix:///run/etcd"),
+        ],
+    )
+    @pytest.mark.parametrize("prefer", PREFERENCES)
+    def test_nonsense_is_refused_by_name(
+        self, endpoints: tuple[str, ...], words: str, prefer: Literal["gateway", "grpc"]
+    ) -> None:
+        with pytest.raises(UsageError, match=words):
+            open_store(Connection(endpoints), prefer=prefer)
+
+    def test_without_the_libraries_the_agent_takes_the_gateway(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "flanctl.registry.stores.etcd_grpc", None)
+        with contextlib.closing(open_store(Connection(("http://a",)), prefer="grpc")) as store:
+            assert isinstance(store, EtcdGatewayStore)
+
+    def test_a_password_is_never_shown(self) -> None:
+        connection = Connection(("http://a",), user="root", password="hunter2")
+        assert "hunter2" not in repr(connection)
+
+
+HEAVY = ("grpc", "etcd3", "google.protobuf", "http.client", "ssl", "sqlite3", "asyncio", "logging", "socket")
+
+
+def loaded(code: str) -> set[str]:
+    """Which heavy modules a fresh Python has in the end."""
+    program = f"{code}\nimport sys\nprint(*({HEAVY!r} & sys.modules.keys()))".replace(
+        repr(HEAVY), repr(set(HEAVY))
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+class TestImports:
+    def test_the_module_itself_loads_nothing_heavy(self) -> None:
+        assert loaded("import flanctl.registry.stores.open") == set()
+
+    def test_a_file_loads_only_sqlite(self, tmp_path: Path) -> None:
+        code = "from flanctl.registry.stores.open import *\n"
+        code += f"open_store(Connection(('sqlite:{tmp_path}/r.db',)), prefer='gateway').get('/a')"
+        assert loaded(code) == {"sqlite3"}
+
+    def test_the_gateway_loads_no_grpc_and_over_http_no_ssl(self) -> None:
+        code = "from flanctl.registry.stores.open import *\n"
+        code += "open_store(Connection(('http://127.0.0.1:1',)), prefer='gateway')"
+        assert not loaded(code) & {"grpc", "etcd3", "google.protobuf", "ssl", "sqlite3", "asyncio", "logging"}
+
+
+OFF = GatewayOff("cannot get /a: the gateway is off")
+
+
+@pytest.fixture
+def gateway() -> MemoryStore:
+    """Both stores are clients of one registry, as in life."""
+    return MemoryStore()
+
+
+@pytest.fixture
+def grpc(gateway: MemoryStore) -> MemoryStore:
+    return gateway.another()
+
+
+@pytest.fixture
+def opened() -> list[Store]:
+    return []
+
+
+@pytest.fixture
+def store(gateway: MemoryStore, grpc: MemoryStore, opened: list[Store]) -> Iterator[FallbackStore]:
+    def open_grpc() -> Store:
+        opened.append(grpc)
+        return grpc
+
+    with contextlib.closing(FallbackStore(gateway, open_grpc)) as store:
+        yield store
+
+
+class TestFallback:
+    def test_while_the_gateway_serves_grpc_is_not_opened(
+        self, store: FallbackStore, opened: list[Store]
+    ) -> None:
+        entry = store.create("/a", b"1", ttl=10)
+        entry = store.replace("/a", b"2", ttl=10, expected=entry.revision)
+        entry = store.refresh(entry, ttl=10)
+        assert store.get("/a") is not None
+        assert len(store.with_ttl(store.list("/").entries)) == 1
+        assert store.delete("/a", expected=entry.revision)
+        assert opened == []
+
+    def test_the_call_that_finds_it_off_is_made_again_and_the_gateway_not_asked_any_more(
+        self, store: FallbackStore, gateway: MemoryStore, grpc: MemoryStore, opened: list[Store]
+    ) -> None:
+        gateway.fail("create", OFF)
+        entry = store.create("/a", b"1", ttl=None)
+        assert store.get("/a") == entry
+        assert (gateway.calls, grpc.calls, opened) == (["create"], ["create", "get"], [grpc])
+
+    def test_other_errors_are_passed_on(
+        self, store: FallbackStore, gateway: MemoryStore, opened: list[Store]
+    ) -> None:
+        gateway.fail("get", RegistryUnreachable("nobody answers"))
+        with pytest.raises(RegistryUnreachable, match="nobody answers"):
+            store.get("/a")
+        assert opened == []
+
+    def test_many_threads_switch_once(
+        self, store: FallbackStore, gateway: MemoryStore, opened: list[Store]
+    ) -> None:
+        gateway.fail("get", OFF, times=8)
+        threads = [threading.Thread(target=store.get, args=("/a",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(opened) == 1
+
+    def test_a_watch_is_opened_by_grpc(self, store: FallbackStore, gateway: MemoryStore) -> None:
+        gateway.fail("watch", OFF)
+        with store.watch("/", after=1) as watch:
+            entry = store.create("/a", b"1", ttl=None)
+            assert next(watch) == Put(entry)
+
+    def test_a_running_watch_goes_on_after_the_last_event(
+        self, store: FallbackStore, gateway: MemoryStore
+    ) -> None:
+        a = store.create("/a", b"1", ttl=None)
+        with store.watch("/", after=a.revision - 1) as watch:
+            assert next(watch) == Put(a)
+            gateway.fail("get", OFF)
+            store.get("/a")  # the store switches, and the watch with it
+            b = store.create("/b", b"2", ttl=None)
+            assert next(watch) == Put(b)
+            watch.close()
+            assert list(watch) == []
+
+    def test_a_watch_closed_before_the_switch_stays_closed(
+        self, store: FallbackStore, gateway: MemoryStore, grpc: MemoryStore
+    ) -> None:
+        watch = store.watch("/", after=1)
+        watch.close()
+        gateway.fail("get", OFF)
+        store.get("/a")
+        assert list(watch) == []
+        assert "watch" not in grpc.calls
+
+    def test_without_the_libraries_the_gateways_words_stand(
+        self, monkeypatch: pytest.MonkeyPatch, gateway: MemoryStore
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "flanctl.registry.stores.etcd_grpc", None)
+        store = FallbackStore(gateway, lambda: opening._open_grpc((), Connection(("http://a",))))
+        gateway.fail("get", GatewayOff("cannot get /a: the gateway is off"))
+        with pytest.raises(GatewayOff, match="the gateway is off") as caught:
+            store.get("/a")
+        assert "gRPC cannot be loaded" in caught.value.details[0]
+        store.close()
+
+    def test_closed_it_does_not_switch(
+        self, store: FallbackStore, gateway: MemoryStore, opened: list[Store]
+    ) -> None:
+        store.close()
+        store.close()
+        gateway.fail("get", OFF)
+        with pytest.raises(GatewayOff):
+            store.get("/a")
+        assert opened == []
