@@ -54,8 +54,8 @@ A = TypeVar("A")
 PAGE = 1000
 """Keys asked for at once."""
 
-PROGRESS_SECONDS = 20.0
-"""How often a watch asks etcd for a sign of life."""
+PROGRESS_FIRST, PROGRESS_SECONDS = 1.0, 20.0
+"""When a watch first asks etcd for a sign of life, and how often from then on."""
 
 ROUND_PAUSE = 0.1
 """Seconds between two rounds over all endpoints."""
@@ -92,6 +92,7 @@ _STRANGE = {_Code.UNKNOWN, _Code.INTERNAL, _Code.UNIMPLEMENTED, _Code.DATA_LOSS}
 
 _REASONS = (
     ("Connection refused", "connection refused"),
+    ("timed out", "no answer"),
     ("No route to host", "no route to host"),
     ("Network is unreachable", "network is unreachable"),
     ("errors resolving", "host name not known"),
@@ -598,8 +599,10 @@ class _Stream:
         if not self._heard.wait(self.patience):
             self.late = True
             self._call.cancel()
-        while not self._done.wait(PROGRESS_SECONDS):
+        pause = PROGRESS_FIRST
+        while not self._done.wait(pause):
             yield _PROGRESS_REQUEST
+            pause = PROGRESS_SECONDS
 
 
 class GrpcWatch:
@@ -664,8 +667,11 @@ class GrpcWatch:
         patience = max(0.1, min(store.timeout / len(store.endpoints), self._lost + store.timeout - now))
         endpoint = store.endpoints[self._turn % len(store.endpoints)]
         first, end = _range(self._prefix.encode())
+        # From the last revision itself, whose events we drop: a watch that starts in the future gets no answer to
+        # progress requests (etcd 3.5.8 and later), and one that starts where the history was cut may miss a delete
+        # there (etcd issue 18089).
         create = pb.WatchCreateRequest(
-            key=first, range_end=end, start_revision=self._last + 1, progress_notify=True
+            key=first, range_end=end, start_revision=max(1, self._last), progress_notify=True
         )
         try:
             token = store.session(now + patience, self._stale)
@@ -726,10 +732,10 @@ class GrpcWatch:
                 continue
             deleted = event.type == kv_pb2.Event.DELETE
             self._ready.append(Delete(item.key, revision) if deleted else Put(item))
-        if not response.events:
+        if not response.events and not response.created:
             # What etcd sends on its own counts for this watch. Its answer to our request (watch id -1) may overtake
             # events before 3.4.25 and 3.5.8 (etcd issue 15220): a sign of life, but nothing to resume from.
-            if not response.created and response.watch_id >= 0:
+            if response.watch_id >= 0:
                 self._last = max(self._last, response.header.revision)
             self._ready.append(Progress(self._last))
 
@@ -757,7 +763,7 @@ class GrpcWatch:
         gone = now - self._lost
         if gone >= self._store.timeout:
             self._lost = None  # who goes on iterating has us try again
-            raise self._store.unreachable(f"watch {self._prefix}", self._reasons, seconds=gone)
+            raise self._store.unreachable(f"watch {self._prefix}", self._reasons, seconds=gone) from None
         if self._back_off == 0.0 or self._turn % len(self._store.endpoints) == 0:
             self._back_off = min(max(_BACK_OFF[0], self._back_off * 2), _BACK_OFF[1])
         self._closed.wait(min(self._back_off, self._store.timeout - gone))
