@@ -36,7 +36,8 @@ const ARENA: usize = GATHERED + LONGEST;
 const HEADERS: usize = 256;
 /// How often ENOBUFS (the device's queue is full) is tried again.
 const RETRIES: usize = 3;
-/// How long a full socket buffer is waited for, once per message. The worker does nothing else meanwhile.
+/// How long a full socket buffer is waited for; once, until something was sent again. The worker does nothing else
+/// meanwhile.
 const PATIENCE: Duration = Duration::from_millis(10);
 /// Groups refused before any was taken, after which they are no longer tried.
 const REFUSALS: u32 = 8;
@@ -303,6 +304,7 @@ impl Post {
                         grouped |= packets > 1;
                     }
                     rest = &rest[sent..];
+                    waited = false;
                 }
                 Err(error) => {
                     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
@@ -332,7 +334,7 @@ impl Post {
                     rest = others;
                 }
             }
-            (retries, waited) = (0, false);
+            retries = 0;
         }
         Ok(grouped)
     }
@@ -541,6 +543,21 @@ mod tests {
         };
         post.send(&buffer, &mut underlay, &mut Tally::default()).unwrap();
         assert_eq!(underlay.sent, wanted);
+    }
+
+    #[test]
+    fn a_socket_that_stays_full_is_waited_for_once() {
+        let (mut post, buffer, wanted) = post(1);
+        let mut script: VecDeque<_> = std::iter::repeat_n(Err(Errno::AGAIN), 6).collect();
+        script.push_back(Ok(1));
+        let mut underlay = FakeUnderlay {
+            script,
+            ..Default::default()
+        };
+        let mut tally = Tally::default();
+        post.send(&buffer, &mut underlay, &mut tally).unwrap();
+        assert_eq!((underlay.waits, tally.drops(Reason::QueueFull)), (1, 5));
+        assert_eq!(underlay.sent, wanted[5..]);
     }
 
     #[test]
