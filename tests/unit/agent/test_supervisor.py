@@ -47,4 +47,4 @@ def test_starting_and_stopping_a_hundred_times_leaves_no_thread():
         crew, stop = Crew(lambda _: None), threading.Event()
         crew.start("one", lambda stop=stop: stop.wait() and None, stop.set)
         assert crew.stop(seconds=5) == ()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
