@@ -172,6 +172,8 @@ class EtcdGatewayStore:
                 return
             except Exception as error:  # raised in the calling thread below
                 errors.append(error)
+            finally:
+                leases.clear()  # all asked, or no more to be asked: an error or Ctrl-C ends every thread
 
         helpers = _TTL_THREADS - 1 if len(leases) > _TTL_ALONE else 0
         threads = [threading.Thread(target=work, name="flanctl-ttl") for _ in range(helpers)]
@@ -256,7 +258,13 @@ class EtcdGatewayStore:
             self._watches.discard(watch)
 
     def open_watch(
-        self, endpoint: Endpoint, create: Mapping[str, Any], stale: str | None, deadline: float, cancel: int
+        self,
+        endpoint: Endpoint,
+        create: Mapping[str, Any],
+        stale: str | None,
+        deadline: float,
+        cancel: int,
+        what: str,
     ) -> http.Connection:
         """The stream of a new watch on one member. Raises http.Refusal, GatewayOff and what login raises."""
         headers = {"Grpc-Metadata-hasleader": "true"}  # else a member without quorum stays silent for ever
@@ -274,13 +282,13 @@ class EtcdGatewayStore:
         finally:
             stream.close()
         document = _document(text)
-        if document is not None and "error" in document:
+        if document is not None and ("error" in document or "code" in document):
             refused = _refused(document)
             _raise_if_transient(refused, endpoint)
-            raise self.explain(refused, "watch")
+            raise self.explain(refused, what)
         if status == 404 and self._is_etcd_at(endpoint):
             if self._base == "/v3beta":
-                raise GatewayOff("cannot watch: etcd's JSON gateway is off")
+                raise GatewayOff(f"cannot {what}: etcd's JSON gateway is off")
             self._base = "/v3beta"  # etcd 3.3
         raise http.Refusal(f"answers HTTP but is not etcd (status {status})")
 
@@ -291,10 +299,12 @@ class EtcdGatewayStore:
             deadline=time.monotonic() + _PROBE_WAIT, patience=_PROBE_WAIT, cancel=cancel,
         )  # fmt: skip
 
-    def unreachable(self, what: str, refusals: Mapping[Endpoint, str], seconds: float) -> FlanctlError:
-        error = self._http.nobody(
-            {at: http.Refusal(why, again=True) for at, why in refusals.items()}, seconds
-        )
+    def unreachable(
+        self, what: str, refusals: Mapping[Endpoint, http.Refusal], seconds: float
+    ) -> FlanctlError:
+        error = self._http.nobody(refusals, seconds, waited=True)
+        if isinstance(error, http.Unreachable) and "grpc" in error.kinds:
+            return GatewayOff(f"cannot {what}: etcd serves only gRPC here", details=error.details)
         error.message = f"cannot {what}: {error.message}"
         return error
 
@@ -321,11 +331,15 @@ class EtcdGatewayStore:
         return max(0, _int(result, "TTL")) if isinstance(result, dict) else 0
 
     def _grant(self, ttl: float, deadline: float, what: str) -> str:
-        answer, _ = self._ask("lease/grant", {"TTL": str(_seconds(ttl))}, deadline, what)
-        lease = _int(answer, "ID")
-        if lease <= 0:
-            raise Invalid(f"cannot {what}: etcd granted a lease without an id")
-        return str(lease)
+        """A new lease. We choose its id, so that asking again after a lost answer makes no second one."""
+        lease = str(int.from_bytes(os.urandom(8), "big") >> 2 or 1)
+        question = {"ID": lease, "TTL": str(_seconds(ttl))}
+        try:
+            self._call("lease/grant", question, deadline, what=what)
+        except _Refused as refused:
+            if "lease already exists" not in refused.words:
+                raise self.explain(refused, what) from None
+        return lease
 
     def _revoke(self, lease: str) -> None:
         """A lease nobody uses ends by itself too, so failing to revoke it is no error."""
@@ -452,7 +466,7 @@ class EtcdGatewayStore:
                     hint="--api v3-grpc, or etcd --enable-grpc-gateway",
                 ) from None
             except http.Unreachable as error:
-                if error.kinds == {"grpc"}:
+                if "grpc" in error.kinds:
                     raise GatewayOff(
                         f"cannot {what}: etcd serves only gRPC here", details=error.details
                     ) from None
@@ -541,7 +555,8 @@ def _raise_if_transient(refused: _Refused, endpoint: Endpoint) -> None:
     if "CommonName" in words and "ignored" in words:
         raise GatewayOff(f"etcd's JSON gateway takes no login by client certificate (etcd: {words})")
     if refused.code == _UNAVAILABLE and endpoint.scheme == "https" and "connection" in words:
-        raise GatewayOff(f"etcd's JSON gateway cannot reach its own server (etcd: {words})")
+        # etcd dials itself with its server certificate, which its own clients-only check may refuse.
+        raise http.Refusal(f"its JSON gateway cannot reach etcd: {words}", kind="grpc")
     overload = refused.code == _EXHAUSTED and "too many requests" in words
     if refused.code in {_UNAVAILABLE, _DEADLINE} or overload:
         raise http.Refusal(words, again=True, unsure=True)
@@ -646,6 +661,7 @@ class GatewayWatch:
     def __init__(self, store: EtcdGatewayStore, prefix: str, after: int) -> None:
         self._store = store
         self._prefix = prefix
+        self._what = f"watch {prefix}"
         self._last = after
         """The highest revision of which everything was handed out."""
         self._ready: deque[Event] = deque()
@@ -653,7 +669,7 @@ class GatewayWatch:
         self._text = bytearray()
         self._scanned = 0
         self._next_probe = 0.0
-        self._refusals: dict[Endpoint, str] = {}
+        self._refusals: dict[Endpoint, http.Refusal] = {}
         self._lost: float | None = time.monotonic()
         """Since when no member serves us (time.monotonic); None while one does."""
         self._back_off = 0.0
@@ -726,17 +742,19 @@ class GatewayWatch:
         self._text.clear()
         self._scanned = 0
 
-    def _fail(self, endpoint: Endpoint, reason: str) -> None:
+    def _fail(self, endpoint: Endpoint, refusal: http.Refusal) -> None:
         """A member does not serve us now: try the next, more and more slowly, and give up after `timeout`."""
         self._drop()
         now = time.monotonic()
-        self._refusals[endpoint] = reason
+        self._refusals[endpoint] = refusal
         self._turn += 1
         if self._lost is None:
             self._lost = now
-        if now - self._lost >= self._store.timeout:
+        kinds = [self._refusals[at].kind for at in self._store.endpoints if at in self._refusals]
+        only_grpc = kinds == ["grpc"] * len(self._store.endpoints)
+        if now - self._lost >= self._store.timeout or only_grpc:
             lost, self._lost = now - self._lost, now  # who goes on iterating has us try again
-            raise self._store.unreachable(f"watch {self._prefix}", self._refusals, lost)
+            raise self._store.unreachable(self._what, self._refusals, lost)
         if self._turn % len(self._store.endpoints) == 0 or self._back_off == 0.0:
             self._back_off = min(max(_BACK_OFF[0], self._back_off * 2), _BACK_OFF[1])
         left = max(0.0, self._lost + self._store.timeout - now)
@@ -758,16 +776,18 @@ class GatewayWatch:
             "progress_notify": True,
         }
         try:
-            self._stream = self._store.open_watch(endpoint, create, self._stale, deadline, self._wake)
+            self._stream = self._store.open_watch(
+                endpoint, create, self._stale, deadline, self._wake, self._what
+            )
             self._next_probe = time.monotonic() + _PROBE_EVERY
             while not self._ready and not self._over and self._lost is not None and self._stream is not None:
                 self._read(self._stream, deadline)
         except TimeoutError:
-            self._fail(endpoint, f"no answer in {patience:.1f}s")
+            self._fail(endpoint, http.Refusal(f"no answer in {patience:.1f}s"))
         except http.Refusal as refusal:
-            self._fail(endpoint, refusal.reason)
+            self._fail(endpoint, refusal)
         except http.Unreachable as error:  # from logging in
-            self._fail(endpoint, error.message)
+            self._fail(endpoint, http.Refusal(error.message))
 
     def _step(self, stream: http.Connection) -> None:
         """Read until an event or the time of the next probe."""
@@ -775,14 +795,14 @@ class GatewayWatch:
             self._read(stream, self._next_probe)
             return
         except http.Refusal as refusal:
-            self._fail(stream.endpoint, refusal.reason)
+            self._fail(stream.endpoint, refusal)
             return
         except TimeoutError:
             pass
         try:
             self._store.probe(stream.endpoint, self._wake)
         except http.Refusal as refusal:
-            self._fail(stream.endpoint, refusal.reason)
+            self._fail(stream.endpoint, refusal)
             return
         self._next_probe = time.monotonic() + _PROBE_EVERY
         self._ready.append(Progress(self._last))
@@ -855,13 +875,12 @@ class GatewayWatch:
         endpoint = stream.endpoint
         refused = _Refused(code or _code_in(words), words)
         self._drop()
-        what = f"watch {self._prefix}"
         if _token_ended(refused) and self._stale is None and self._store.token:
             self._stale = self._store.token  # the next try logs in again
             return
         _raise_if_transient(refused, endpoint)
         self._over = True
-        raise self._store.explain(refused, what)
+        raise self._store.explain(refused, self._what)
 
 
 def _code_in(words: str) -> int:

@@ -123,6 +123,7 @@ class Transport:
         deadline = begin + self.timeout if deadline is None else deadline
         refusals: dict[Endpoint, Refusal] = {}
         unsure = False
+        lost = False
         pause = _PAUSES[0]
         while True:
             order = self._order()
@@ -141,6 +142,8 @@ class Transport:
                 except Refusal as refusal:
                     refusals[endpoint] = refusal
                     again |= refusal.again
+                    if refusal.kind == "closed" and not lost:
+                        lost = again = True  # asking once more tells what became of the request
                     unsure |= refusal.unsure
                     continue
                 self.good = endpoint
@@ -260,11 +263,16 @@ class Transport:
         return answer
 
     def nobody(
-        self, refusals: Mapping[Endpoint, Refusal], seconds: float, *, unsure: bool = False
+        self,
+        refusals: Mapping[Endpoint, Refusal],
+        seconds: float,
+        *,
+        unsure: bool = False,
+        waited: bool = False,
     ) -> FlanctlError:
         """The error for people; `in 5s` only if we did wait that long."""
         count = len(self.endpoints)
-        waited = any(refusal.again for refusal in refusals.values())
+        waited = waited or any(refusal.again for refusal in refusals.values())
         message = "the only endpoint did not answer" if count == 1 else f"none of {count} endpoints answered"
         if waited:
             message += f" in {seconds:.1f}".removesuffix(".0") + "s"
@@ -508,7 +516,10 @@ class Connection:
         except OSError as error:
             refusal = self._broken(error)
             if isinstance(refusal, Refusal):
-                refusal.unsure = False  # nothing was asked yet
+                refusal.unsure, refusal.kind = (
+                    False,
+                    refusal.kind.removeprefix("closed"),
+                )  # nothing was asked yet
             raise refusal from None
 
     def _do(self, call: Callable[[], _T], events: int, deadline: float) -> _T:
