@@ -69,12 +69,13 @@ class GatewayOff(FlanctlError):
 
 
 class _Refused(Exception):
-    """etcd's own error: gRPC status code and words."""
+    """A gRPC status code and words: etcd's own, which it marks, or its gateway's (`own` is False)."""
 
     def __init__(self, code: int, words: str) -> None:
         super().__init__(words)
         self.code = code
-        self.words = words
+        self.own = "etcdserver:" in words
+        self.words = words.removeprefix("etcdserver: ")
 
 
 class EtcdGatewayStore:
@@ -284,7 +285,7 @@ class EtcdGatewayStore:
         document = _document(text)
         if document is not None and ("error" in document or "code" in document):
             refused = _refused(document)
-            _raise_if_transient(refused, endpoint)
+            _raise_if_transient(refused, endpoint, served=self._http.good is not None)
             raise self.explain(refused, what)
         if status == 404 and self._is_etcd_at(endpoint):
             if self._base == "/v3beta":
@@ -490,7 +491,7 @@ class EtcdGatewayStore:
         if answer.status == 200:
             return document
         refused = _refused(document)
-        _raise_if_transient(refused, answer.endpoint)
+        _raise_if_transient(refused, answer.endpoint, served=self._http.good is not None)
         raise refused
 
     def _is_etcd_at(self, endpoint: Endpoint) -> bool:
@@ -546,16 +547,19 @@ def _refused(document: Mapping[str, Any]) -> _Refused:
     source = inner if isinstance(inner, dict) else document
     code = source.get("code", source.get("grpc_code", 0))
     words = source.get("message") or source.get("error") or "no reason given"
-    return _Refused(code if isinstance(code, int) else 0, str(words)[:500].removeprefix("etcdserver: "))
+    return _Refused(code if isinstance(code, int) else 0, str(words)[:500])
 
 
-def _raise_if_transient(refused: _Refused, endpoint: Endpoint) -> None:
-    """An election, an overload, a member without quorum: the next endpoint, then this one again."""
+def _raise_if_transient(refused: _Refused, endpoint: Endpoint, *, served: bool) -> None:
+    """An election, an overload, a member without quorum: the next endpoint, then this one again.
+
+    `served`: a gateway of this cluster has served us before, so its trouble is a passing one.
+    """
     words = refused.words
     if "CommonName" in words and "ignored" in words:
         raise GatewayOff(f"etcd's JSON gateway takes no login by client certificate (etcd: {words})")
-    if refused.code == _UNAVAILABLE and endpoint.scheme == "https" and "connection" in words:
-        # etcd dials itself with its server certificate, which its own clients-only check may refuse.
+    if refused.code == _UNAVAILABLE and endpoint.scheme == "https" and not (refused.own or served):
+        # The gateway dials its server with the server's own certificate, which may be no good as a client's.
         raise http.Refusal(f"its JSON gateway cannot reach etcd: {words}", kind="grpc")
     overload = refused.code == _EXHAUSTED and "too many requests" in words
     if refused.code in {_UNAVAILABLE, _DEADLINE} or overload:
@@ -878,7 +882,7 @@ class GatewayWatch:
         if _token_ended(refused) and self._stale is None and self._store.token:
             self._stale = self._store.token  # the next try logs in again
             return
-        _raise_if_transient(refused, endpoint)
+        _raise_if_transient(refused, endpoint, served=True)
         self._over = True
         raise self._store.explain(refused, self._what)
 

@@ -24,6 +24,7 @@ from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore, GatewayOff
 from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.unit.registry.stores.pki import make_pki, needs_openssl, server_context
 from tests.unit.registry.stores.scripted import Request, Scripted, closed_port, etcd, ok
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ _numbers = itertools.count(1)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(request.param, folder=tmp_path_factory.mktemp("etcd")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture
@@ -446,6 +452,32 @@ def test_a_member_that_hangs_is_left_when_it_does_not_answer_the_probe(
 
 
 # servers that are something else
+
+
+@needs_openssl
+def test_a_gateway_whose_certificate_is_for_servers_only_is_said_and_a_passing_trouble_is_not_taken_for_it(
+    pki: Path,
+) -> None:
+    """The words are those of 3.4 and 3.7 with --client-cert-auth and an extendedKeyUsage of serverAuth."""
+    troubles: list[str] = []
+
+    def answer(_: Request) -> bytes:
+        if troubles:
+            return etcd({"code": 14, "message": troubles.pop()}, status="503 Service Unavailable")
+        return etcd(HEADER)
+
+    with Scripted(answer, tls=server_context(pki)) as server:
+        for words in ("connection closed", "write tcp 127.0.0.1:1->127.0.0.1:2: write: broken pipe"):
+            with opened(f"https://{local(server)}", cacert=str(pki / "ca.pem")) as store:
+                for deed in (lambda: store.get("/a"), lambda: next(store.watch("/", after=1))):
+                    troubles[:] = [words]
+                    with pytest.raises(GatewayOff) as caught:
+                        deed()
+                    assert words in caught.value.details[0]
+                troubles[:] = ["etcdserver: leader changed"]
+                assert store.get("/a") is None
+                troubles[:] = [words]
+                assert store.get("/a") is None
 
 
 @pytest.mark.needs("etcd37")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import ssl
 import subprocess
 import sys
 import threading
@@ -18,10 +16,10 @@ from hypothesis import strategies as st
 from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
 from flanctl.registry.stores import http
 from flanctl.registry.stores.endpoints import Endpoint
+from tests.unit.registry.stores.pki import make_pki, needs_openssl, server_context
 from tests.unit.registry.stores.scripted import Request, Scripted, closed_port, ok
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -254,39 +252,10 @@ def test_a_stream_is_read_piece_by_piece_goes_on_after_a_timeout_and_ends_when_c
 
 # TLS
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
-
-
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
 
 @pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A CA without keyUsage as people make them, one certificate for 127.0.0.1, one expired, one encrypted key."""
-    folder = tmp_path_factory.mktemp("pki")
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    openssl(
-        folder, "req", "-x509", *curve, "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca"
-    )
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    for name, days in (("good", "9"), ("old", "-1")):
-        openssl(
-            folder, "req", *curve, "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=x"
-        )
-        sign = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "ext"]
-        openssl(folder, "x509", "-req", "-in", f"{name}.csr", *sign, "-out", f"{name}.pem", "-days", days)
-    openssl(folder, "pkey", "-in", "good.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key")
-    yield folder
-
-
-def server_context(pki: Path, name: str = "good", *, ask_client: bool = False) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pki / f"{name}.pem", pki / f"{name}.key")
-    if ask_client:
-        context.load_verify_locations(pki / "ca.pem")
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 @needs_openssl
