@@ -98,6 +98,8 @@ class Cluster:
         assert not (v2 and version != "3.4"), "etcd 3.7 has no v2"
         self.version = version
         self.folder = folder
+        self.user = ""
+        """`NAME:PASSWORD` for etcdctl, once a test has turned logins on."""
         self._v2 = v2
         self._extra = tuple(extra)
         hosts = [host] * members if isinstance(host, str) else list(host)
@@ -204,7 +206,10 @@ class Cluster:
 
     def _etcdctl(self, member: _Member, *arguments: str, endpoints: Sequence[str] = ()) -> str:
         where = ",".join(endpoints) or member.endpoint
-        command = [*member.prefix, "etcdctl", f"--endpoints={where}", "--command-timeout=5s", *arguments]
+        command = [*member.prefix, "etcdctl", f"--endpoints={where}", "--command-timeout=5s"]
+        if self.user:
+            command.append(f"--user={self.user}")
+        command += arguments
         return subprocess.run(
             command,
             env={**os.environ, "ETCDCTL_API": "3"},
