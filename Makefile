@@ -41,8 +41,8 @@ $(VENV)/.deps: requirements/build.txt requirements/dev.txt | $(VENV)/bin/pip
 
 $(VENV)/.native: $(VENV)/.deps $(NATIVE) pyproject.toml
 	@echo "building the packet path (Rust)"
-	@. $(VENV)/bin/activate && maturin develop --quiet --release --locked --skip-install -m native/pyext/Cargo.toml
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@. $(VENV)/bin/activate && maturin develop --quiet --release --locked -m native/pyext/Cargo.toml
+	@$(PY) -m compileall -q $(VENV)/lib flanctl || true
 	@touch $@
 
 .PHONY: check

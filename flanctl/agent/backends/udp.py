@@ -103,7 +103,7 @@ class UdpBackend:
         device, subnet = self._device, self._subnet
         if device is None or subnet is None or self._socket is None:
             raise RuntimeError("start follows check")
-        descriptor = open_device(self._kernel, DEVICE)
+        descriptor = open_device(self._kernel, DEVICE, vnet_hdr=True)
         try:
             ensure_device(self._kernel, device)
             link = self._kernel.link(DEVICE)
