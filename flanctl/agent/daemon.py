@@ -26,7 +26,15 @@ from flanctl.agent import state as state_file
 from flanctl.agent.log import Repeated
 from flanctl.agent.state import State
 from flanctl.agent.supervisor import Crew, WorkerFailed
-from flanctl.errors import Conflict, FlanctlError, Invalid, NotFound, NotPermitted, RegistryUnreachable
+from flanctl.errors import (
+    Conflict,
+    FlanctlError,
+    Invalid,
+    LeaseLost,
+    NotFound,
+    NotPermitted,
+    RegistryUnreachable,
+)
 from flanctl.files import make_directory, write_atomically
 from flanctl.model.lease import LeaseAttributes
 from flanctl.model.peers import peers_of
@@ -216,6 +224,7 @@ class Agent:
         began = self._clock.now()
         with _signals(self._on_signal), lock(self._options.run_dir):
             machine: Machine | None = None
+            lease = ""
             try:
                 self._refuse_unwritable()
                 config = self._wait_for_config()
@@ -227,7 +236,12 @@ class Agent:
                 self._live(config, machine)
             except StopRequested:
                 pass
+            except LeaseLost:
+                lease = "lost"
+                raise
             finally:
+                if self.phase is not Phase.STARTING:
+                    lease = lease or "kept"
                 self.phase = Phase.STOPPING
                 self._notify.stopping()
                 asked = self._clock.now()
@@ -244,18 +258,18 @@ class Agent:
                     "stopped",
                     after=f"{self._clock.now() - asked:.1f}s",
                     reason=self._stop_reason or "failure",
-                    lease="kept",
+                    lease=lease or "none",
                     ran=f"{asked - began:.0f}s",
                 )
 
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
         remembered = self._remember()
         held = self._acquire(config, machine, remembered)
+        self.phase = Phase.LEASED
         subnet = held.lease.subnet
         state_file.save(
             self._options.state_dir, replace(remembered, prefix=self._options.prefix, subnet=subnet)
         )
-        self.phase = Phase.LEASED
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
         self._start_workers(held, machine, remembered)

@@ -383,6 +383,7 @@ def test_without_a_config_it_waits_says_for_what_and_a_stop_ends_that_at_once(em
     assert "try=" in house.log()
     assert house.steps == []
     assert not house.subnet_file.exists()
+    assert "reason=SIGTERM lease=none" in house.log()
 
 
 def test_a_config_that_comes_later_is_found(empty_house):
@@ -527,6 +528,7 @@ def test_a_lease_taken_by_another_host_ends_the_agent_loudly(house):
     with pytest.raises(LeaseLost, match=r"taken by 192\.168\.66\.99 at revision \d+") as lost:
         house.live(script)
     assert lost.value.exit_code == 8
+    assert "reason=failure lease=lost" in house.log()
     assert house.steps[-2:] == ["stop", "close"]
 
 
