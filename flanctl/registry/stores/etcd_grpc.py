@@ -73,8 +73,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     # gRPC's own back-off grows to 2 minutes: an agent would find its etcd again that much too late.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # how long a connection may take to be made
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_ares_query_timeout", 2000),
     ("grpc.use_local_subchannel_pool", 1),
     # The default of 4 MB breaks a watch's replay after a long absence, again and again.
     ("grpc.max_receive_message_length", -1),
@@ -575,7 +576,7 @@ class _Stream:
         self.endpoint = member.endpoint
         self.patience = patience
         self.late = False
-        """etcd did not create the watch within `patience` seconds."""
+        """The member did not create the watch within `patience` seconds of being asked (connecting not counted)."""
         self._heard = threading.Event()
         self._done = threading.Event()
         # With hasleader etcd ends the watch when the member has no leader; else it stays silent for ever.
