@@ -4,6 +4,7 @@ with Cluster("3.7", members=3, folder=tmp_path) as cluster:
     cluster.kill(cluster.leader())
     cluster.etcdctl("put", "/a", "1")
 
+`python -m tests.support.etcd` builds the 3.7 server beforehand: about a minute, once, then it lies in .cache.
 Everything listens on ephemeral ports; every process is ended by its pid and waited for.
 """
 
@@ -299,3 +300,7 @@ def _repository() -> Path:
         if (folder / "tests" / "etcd-server" / "go.mod").exists():
             return folder
     raise AssertionError(f"{here} is not in the repository")
+
+
+if __name__ == "__main__":
+    print(_binary("3.7"))
