@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     folder = path.parent
     try:
         make_directory(folder)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
+        handle, temporary = tempfile.mkstemp(prefix=_temporary(path), dir=folder)
     except OSError as error:
         raise _cannot_write(path, error) from None
     try:
@@ -38,6 +38,17 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         except FileNotFoundError:
             pass
         raise _cannot_write(path, error) from None
+
+
+def sweep(path: Path) -> None:
+    """Remove what a process that was killed in `write_atomically(path)` has left beside it."""
+    for leftover in path.parent.glob(_temporary(path) + "*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> str:
+    """How the names of our unfinished files begin: nobody else's `.subnet.env.bak` does."""
+    return f".{path.name}.flanctl-"
 
 
 def make_directory(folder: Path) -> None:

@@ -35,7 +35,7 @@ from flanctl.errors import (
     NotPermitted,
     RegistryUnreachable,
 )
-from flanctl.files import make_directory, write_atomically
+from flanctl.files import make_directory, sweep, write_atomically
 from flanctl.model.lease import LeaseAttributes
 from flanctl.model.peers import peers_of
 from flanctl.model.subnet_file import SubnetFile
@@ -199,12 +199,6 @@ class Agent:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise NotPermitted(f"cannot write {path}: no right to write in {folder}")
 
-    def _sweep(self) -> None:
-        """Remove what an agent that was killed while it wrote has left beside its files (files.write_atomically)."""
-        for path in self._files():
-            for leftover in path.parent.glob(f".{path.name}.*"):
-                leftover.unlink(missing_ok=True)
-
     def _files(self) -> tuple[Path, Path]:
         return self._options.subnet_file, self._options.state_dir / state_file.FILE
 
@@ -232,7 +226,8 @@ class Agent:
                 self._introduce(config, machine)
                 machine.backend.check()
                 # ------------------------------------------------------------------ from here on we act
-                self._sweep()
+                for path in self._files():
+                    sweep(path)
                 self._live(config, machine)
             except StopRequested:
                 pass

@@ -44,6 +44,7 @@ def agent(check: bool) -> None:
     from flanctl.commands.session import session
     from flanctl.registry.config import clean_prefix
 
+    refuse_without_rights()
     chosen = settings()
     options = _options(chosen, clean_prefix(chosen.text("prefix")))
     choice = Choice(
@@ -54,7 +55,6 @@ def agent(check: bool) -> None:
         peer_check=chosen.choice("peer_check", "strict", "subnet", "off"),
     )
     chosen.choice("data_path", "tun")
-    refuse_without_rights()
     with session(chosen, prefer="grpc") as registry:
         log = Log()
         daemon = Agent(

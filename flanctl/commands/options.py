@@ -41,25 +41,29 @@ def _keep(context: click.Context, parameter: click.Parameter, value: object) -> 
 
 
 def _option(row: Setting) -> Callable[[F], F]:
-    help_text = f"{row.help} [{row.variable}]"
+    names = [row.flag, row.name]
+    if row.flanneld is not None and f"--{row.flanneld}" != row.flag:
+        names.insert(1, f"--{row.flanneld}")  # whoever comes from flanneld may go on typing its flag
+    help_text = f"{row.help} [{row.variable}]" + (f" Default: {row.default}" if row.default else "")
     if row.kind == "switch":
         return click.option(
-            f"{row.flag}/--no-{row.name.replace('_', '-')}",
-            row.name,
+            *names,
             default=None,
+            is_flag=False,
+            flag_value="true",
+            metavar="[=true|false]",
             expose_value=False,
             callback=_keep,
-            help=help_text + f" Default: {'on' if row.default == 'true' else 'off'}.",
+            help=help_text,
         )
     return click.option(
-        row.flag,
-        row.name,
+        *names,
         default=None,
         metavar=row.metavar,
         expose_value=False,
         callback=_keep,
         multiple=row.kind == "list",
-        help=help_text + (f" Default: {row.default}" if row.default else ""),
+        help=help_text,
     )
 
 

@@ -185,7 +185,7 @@ def test_the_rules_are_flannels_to_the_letter(place: Place) -> None:
 def test_rules_that_are_not_wanted_are_not_made_and_old_ones_go(place: Place) -> None:
     agent = place.start("--ip-masq").wait()
     assert agent.terminate() == 0
-    place.start("--no-ip-masq", "--no-iptables-forward-rules").wait()
+    place.start("--ip-masq=false", "--iptables-forward-rules=false").wait()
     assert listing(place.host, "nat") == []
     assert listing(place.host, "filter") == []
 

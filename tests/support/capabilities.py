@@ -84,6 +84,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "iptables": _program("iptables", "iptables-save", "iptables-restore"),
     "iperf3": _program("iperf3"),
     "tcpdump": _program("tcpdump"),
+    "ping": _program("ping"),
     "etcd34": _etcd34,
     "etcd37": _etcd37,
     "dockerd": _dockerd,

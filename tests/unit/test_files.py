@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from flanctl.errors import FlanctlError, NotFound
-from flanctl.files import write_atomically
+from flanctl.files import sweep, write_atomically
 
 
 def test_the_last_directory_is_made_but_not_a_longer_path(tmp_path):
@@ -40,3 +40,11 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path):
 def test_a_full_disk_is_named(tmp_path):
     with pytest.raises(FlanctlError, match="cannot write"):
         write_atomically(__import__("pathlib").Path("/dev/full/x"), b"x")
+
+
+def test_sweeping_removes_our_unfinished_files_and_nobody_elses(tmp_path):
+    write_atomically(tmp_path / "subnet.env", b"x")
+    (tmp_path / ".subnet.env.flanctl-k3j2h1").write_bytes(b"hal")
+    (tmp_path / ".subnet.env.bak").write_bytes(b"an operator's")
+    sweep(tmp_path / "subnet.env")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".subnet.env.bak", "subnet.env"]

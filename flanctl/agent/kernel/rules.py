@@ -238,7 +238,7 @@ def _run(command: Sequence[str], stdin: str | None = None) -> subprocess.Complet
     except FileNotFoundError:
         raise FlanctlError(
             f"the program {command[0]} is not installed",
-            hint="apt install iptables (or yum), or turn the rules off: --no-ip-masq --no-iptables-forward-rules",
+            hint="apt install iptables (or yum), or turn the rules off: --ip-masq=false --iptables-forward-rules=false",
             id="no-iptables",
         ) from None
     except subprocess.TimeoutExpired:

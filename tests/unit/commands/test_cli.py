@@ -203,3 +203,29 @@ def test_an_unexpected_failure_is_one_line_and_its_traceback_only_with_debug(tmp
     assert done.returncode == 1
     assert done.stderr.startswith("flanctl version: unexpected ZeroDivisionError: zero\ntry: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--etcd-endpoints"], ["--endpoints"]])
+def test_flannelds_own_flags_mean_the_same(tmp_path, words):
+    registry = f"sqlite:{tmp_path / 'r.db'}"
+    assert (
+        flanctl("net", "init", "--network", "10.0.0.0/16", *words, registry, "--etcd-prefix", "/x").code == 0
+    )
+    assert "10.0.0.0" in flanctl("net", "get", "--endpoints", registry, "--prefix", "/x").out
+
+
+@pytest.mark.parametrize(
+    "word", ["--ip-masq", "--ip-masq=true", "--ip-masq=false", "--iptables-forward-rules=false"]
+)
+def test_switches_take_gos_forms(word):
+    """Only the endpoint is wrong here, so the switch was understood."""
+    assert (
+        "no endpoint given" in flanctl("agent", word, "--endpoints", ",").err
+        or "CAP_NET_ADMIN" in flanctl("agent", word).err
+    )
+
+
+def test_a_switch_with_nonsense_is_a_usage_error():
+    answer = flanctl("agent", "--ip-masq=maybe")
+    assert answer.code in {2, 7}
+    assert "--ip-masq" in answer.err or "CAP_NET_ADMIN" in answer.err

@@ -204,6 +204,6 @@ def test_without_iptables_what_is_wanted_fails_and_nothing_wanted_is_fine(
     with pytest.raises(FlanctlError, match="the program iptables is not installed") as error:
         rules.ensure(masq=True, forward=True)
     assert error.value.id == "no-iptables"
-    assert "--no-ip-masq" in (error.value.hint or "")
+    assert "--ip-masq=false" in (error.value.hint or "")
     assert rules.ensure(masq=False, forward=False) == ()
     assert rules.remove() == ()
