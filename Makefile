@@ -19,6 +19,7 @@ demo: setup ## Two hosts on this machine, the whole story in a minute (root)
 .PHONY: test
 test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last ones)
 	@scripts/need test
+	@$(PY) -m tests.support.etcd || echo "etcd 3.7 could not be built; its tests will say so"
 	cd native && cargo test --quiet --workspace --locked
 	$(PYTEST) tests
 

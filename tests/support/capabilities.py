@@ -50,6 +50,8 @@ def _etcd34() -> str | None:
 
 
 def _etcd37() -> str | None:
+    if why := _program("etcdctl")():  # readiness is asked with it
+        return why
     if os.environ.get("FLANCTL_ETCD37") and Path(os.environ["FLANCTL_ETCD37"]).exists():
         return None
     return _program("go")()
