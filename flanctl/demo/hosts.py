@@ -18,6 +18,7 @@ at any moment, twice, and with a Ctrl-C in the middle.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import shutil
@@ -204,6 +205,8 @@ class Lab:
         self._namespaces: dict[str, int] = {}
         self.underlay = Namespace(self, "under")
         self._gateway = network.network_address + 1
+        # A second Ctrl-C may hit between the end of a `with` block and its close; the interpreter's end may not.
+        atexit.register(self.close)
         try:
             self.make_namespace(self.underlay)
             self.underlay.ip_batch(
@@ -281,6 +284,7 @@ class Lab:
                 _batch(present)
             self._namespaces.clear()
             self.hosts.clear()
+            atexit.unregister(self.close)
 
     def leftovers(self) -> tuple[str, ...]:
         """What of this lab is still there: `namespace …`, `process …`. Empty after `close`."""

@@ -131,6 +131,9 @@ def run_demo(
         raise FlanctlError("the demo needs the program ping", hint="apt install iputils-ping")
     folder = Path(tempfile.mkdtemp(prefix="flanctl-demo-"))
     lab = None
+    # An operator's kill or a closed terminal cleans up as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         lab = Lab("demo")
         story = Story(write, colour)
