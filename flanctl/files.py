@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from flanctl.errors import FlanctlError, NotFound, NotPermitted
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `content` in one step, on disk when this returns.
 
     The last directory is made if it is missing (/run/flannel is, after each boot); a longer missing path is more
-    likely a slip of the pen and an error. Raises NotFound, NotPermitted, or FlanctlError for a full disk.
+    likely a slip of the pen and an error. A symbolic link stays one and its target is replaced; a device or pipe is
+    refused, because a rename would put a file in its place (`-d /dev/full` as root). Raises NotFound, NotPermitted,
+    Invalid, or FlanctlError for a full disk.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise Invalid(f"cannot write {path}: it is a device or pipe, not a file", id="not-a-file")
     folder = path.parent
     try:
         make_directory(folder)

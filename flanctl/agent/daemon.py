@@ -535,12 +535,13 @@ class Agent:
                 self._log.info(f"lease {held.lease.subnet} renewed", ttl=_hours(held.lease.ttl))
             case LeaseRestored(held):
                 self._log.warn(
-                    f"our lease {held.lease.subnet} had disappeared, written again",
+                    f"our lease {held.lease.subnet} was gone or rewritten, it stands again",
                     ttl=_hours(held.lease.ttl),
                 )
-            case RegistryTrouble(error):
+            case RegistryTrouble(error, _, left):
                 if count := self._repeated.worth_saying("registry"):
-                    self._log.warn(f"registry: {error.message}; packets go on flowing", tries=count)
+                    known = {} if left is None else {"lease_left": _hours(left)}
+                    self._log.warn(f"registry: {error.message}; packets go on flowing", tries=count, **known)
             case RegistryBack(after, tries):
                 self._repeated.over("registry")
                 self._log.info("registry answers again", after=f"{after:.1f}s", tries=tries)

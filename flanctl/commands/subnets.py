@@ -87,26 +87,28 @@ def ls() -> None:
 
 
 @click.command()
-@click.argument("what", metavar="SUBNET|PUBLIC-IP")
+@click.argument("what", metavar="SUBNET|ADDRESS")
 @registry_options
 @output_options
 def get(what: str) -> None:
-    """Show the lease of one subnet or one host.
+    """Show the lease of one subnet, one host, or the host of one container's address.
 
     \b
     Examples:
       flanctl subnets get 172.17.41.0/24
+      flanctl subnets get 172.17.41.7
       flanctl subnets get 192.168.6.2 -w json
     """
     from flanctl.commands.session import session
 
     wanted = _subnet_or_address(what)
     with session() as registry:
-        view = _look(registry)
-    rows = [row for row in view.rows if wanted in {row.lease.subnet, row.lease.attributes.public_ip}]
+        view = _look(registry, wanted)
+    rows = view.rows
     if not rows:
         raise NotFound(
-            f"no lease of {wanted} among {len(view.rows)} in {view.config.network}", hint="flanctl subnets ls"
+            f"no lease of {wanted} among {len(view.table.leases)} in {view.config.network}",
+            hint="flanctl subnets ls",
         )
     form = write_out()
     if form == "json":
@@ -127,15 +129,20 @@ def _subnet_or_address(text: str) -> IPv4Network | IPv4Address:
         raise UsageError(f'"{text}" is neither a subnet nor an address') from None
 
 
-def _look(registry: Session) -> View:
-    """Config and leases, then everything that follows from the two."""
+def _look(registry: Session, wanted: IPv4Network | IPv4Address | None = None) -> View:
+    """Config and leases, then everything that follows from the two; rows for all leases, or for what is wanted.
+
+    What is wrong with a lease shows only beside all others; TTLs, which cost a request each, are asked for the rows.
+    """
     from flanctl.agent.kernel.addresses import local_addresses
     from flanctl.model.peers import lease_problems
     from flanctl.registry.announcements import announcements
     from flanctl.registry.config import read_config
 
     config = read_config(registry.store, registry.prefix, registry.dialect).config
-    table = registry.leases().table(with_ttl=True)
+    leases = registry.leases()
+    table = leases.table(with_ttl=wanted is None)
+    shown = table.leases if wanted is None else leases.find(wanted)
     problems = lease_problems(table.leases, config)
     announced = announcements(registry.store, registry.prefix)
     own = local_addresses()
@@ -150,7 +157,7 @@ def _look(registry: Session) -> View:
             problems=problems.get(lease.subnet, ()),
             announced=announced.get(lease.attributes.public_ip),
         )
-        for lease in table.leases
+        for lease in shown
     )
     return View(config, table, rows)
 

@@ -30,14 +30,14 @@ class Backend:
     """Make the registry forget all events up to now."""
     short: float
     """Seconds: the shortest TTL a test can use. etcd grants at least one and a half election timeouts."""
-    put_raw: Callable[[bytes], None] | None
-    """Write a key that need not be UTF-8; None where the store cannot hold one."""
+    put_raw: Callable[[bytes], None]
+    """Write a key that need not be UTF-8."""
 
 
 @contextlib.contextmanager
 def _memory(_folder: Path) -> Iterator[Backend]:
     data = MemoryStore()
-    yield Backend(data.another, data.compact, 0.5, None)
+    yield Backend(data.another, data.compact, 0.5, data.put_unreadable)
 
 
 @contextlib.contextmanager

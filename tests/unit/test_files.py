@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from flanctl.errors import FlanctlError, NotFound
+from flanctl.errors import FlanctlError, Invalid, NotFound
 from flanctl.files import sweep, write_atomically
 
 
@@ -36,10 +37,24 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-@pytest.mark.needs("root")
-def test_a_full_disk_is_named(tmp_path):
-    with pytest.raises(FlanctlError, match="cannot write"):
-        write_atomically(__import__("pathlib").Path("/dev/full/x"), b"x")
+def test_a_pipe_or_device_is_refused_and_stays_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(Invalid, match="device or pipe"):
+            write_atomically(tmp_path / name, b"x")
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(Invalid):
+        write_atomically(Path("/dev/null"), b"x")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_symbolic_link_stays_one_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
 
 
 def test_sweeping_removes_our_unfinished_files_and_nobody_elses(tmp_path):

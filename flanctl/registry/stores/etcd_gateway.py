@@ -440,7 +440,7 @@ class EtcdGatewayStore:
             raise self.explain(refused, what) from None
         token = answer.get("token")
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise Invalid(f"cannot {what}: etcd sent no token")
+            raise _Garbage(f"cannot {what}: etcd sent no token")
         return token
 
     def _post(
@@ -523,6 +523,10 @@ class EtcdGatewayStore:
         return Invalid(f"cannot {what} (etcd: {words})")
 
 
+class _Garbage(RegistryUnreachable):
+    """In etcd's form, but not what etcd sends. Asking again may do better; nothing is wrong with the request."""
+
+
 class _Missing(Exception):
     """etcd has no such path."""
 
@@ -601,7 +605,7 @@ def _bytes(message: Mapping[str, Any], name: str) -> bytes:
     try:
         return binascii.a2b_base64(text)
     except (ValueError, TypeError):
-        raise Invalid(f"etcd sent {name!r} that is not base64") from None
+        raise _Garbage(f"etcd sent {name!r} that is not base64") from None
 
 
 def _int(message: Mapping[str, Any], name: str) -> int:
@@ -614,13 +618,13 @@ def _int(message: Mapping[str, Any], name: str) -> int:
             pass
     elif isinstance(number, int):
         return number
-    raise Invalid(f"etcd sent {name!r} that is not a number")
+    raise _Garbage(f"etcd sent {name!r} that is not a number")
 
 
 def _items(message: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     items = message.get(name) or []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise Invalid(f"etcd sent {name!r} that is not a list of messages")
+        raise _Garbage(f"etcd sent {name!r} that is not a list of messages")
     return items
 
 
@@ -628,7 +632,7 @@ def _revision(answer: Mapping[str, Any]) -> int:
     header = answer.get("header")
     revision = _int(header, "revision") if isinstance(header, dict) else 0
     if revision < 1:
-        raise Invalid("etcd answered without a revision")
+        raise _Garbage("etcd answered without a revision")
     return revision
 
 
@@ -826,7 +830,10 @@ class GatewayWatch:
             del self._text[: end + 1]
             self._scanned = 0
             if line.strip():
-                self._take(line)
+                try:
+                    self._take(line)
+                except _Garbage as error:
+                    raise http.Refusal(error.message, again=True) from None
                 if self._stream is None or self._over:
                     return
         self._scanned = len(self._text)
@@ -853,22 +860,22 @@ class GatewayWatch:
         self._stale = None
         self._refusals.clear()
         events = _items(result, "events")
-        seen = self._last
+        seen = last = self._last
+        changes: list[Event] = []
         for event in events:
             kv = event.get("kv")
             if not isinstance(kv, dict):
-                raise Invalid("etcd sent an event without its key")
+                raise _Garbage("etcd sent an event without its key")
             revision = _int(kv, "mod_revision")
             if revision <= seen:
                 continue  # handed out before the stream was opened again
-            self._last = max(self._last, revision)
+            last = max(last, revision)
             item = _entry(kv)
             if isinstance(item, Unreadable):
                 continue
-            if event.get("type") == "DELETE":
-                self._ready.append(Delete(item.key, revision))
-            else:
-                self._ready.append(Put(item))
+            changes.append(Delete(item.key, revision) if event.get("type") == "DELETE" else Put(item))
+        self._ready += changes
+        self._last = last
         if not events and not result.get("created"):
             # A progress note: everything up to its revision has been sent.
             self._last = max(self._last, _revision(result))

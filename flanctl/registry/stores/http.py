@@ -42,7 +42,8 @@ class Refusal(Exception):
 
     `again`: a later try at the same endpoint may succeed (an election, a time-out). `unsure`: the request was sent
     and may have been carried out. `kind` tells apart what callers act on: "closed" (no answer to a request that
-    was sent), "denied" (the server wants another client certificate), "grpc" (HTTP/2 only), "" for the rest.
+    was sent), "denied" (the server wants another client certificate), "grpc" (HTTP/2 only),
+    "silent" (nothing came in the time it had), "" for the rest.
     """
 
     def __init__(self, reason: str, *, again: bool = False, unsure: bool = False, kind: str = "") -> None:
@@ -140,7 +141,10 @@ class Transport:
                     if judge is not None:
                         judge(answer)
                 except Refusal as refusal:
-                    refusals[endpoint] = refusal
+                    if refusal.kind != "silent" or endpoint not in refusals:
+                        refusals[endpoint] = (
+                            refusal  # else it said more before, or had more time to say nothing
+                        )
                     again |= refusal.again
                     if refusal.kind == "closed" and not lost:
                         lost = again = True  # asking once more tells what became of the request
@@ -215,7 +219,7 @@ class Transport:
             connection.begin(deadline)
         except TimeoutError:
             connection.close()
-            raise Refusal("no answer", again=True) from None
+            raise Refusal("no answer", again=True, kind="silent") from None
         except BaseException:
             connection.close()
             raise
@@ -250,7 +254,7 @@ class Transport:
         except TimeoutError:
             connection.close()
             waited = time.monotonic() - begin
-            raise Refusal(f"no answer in {waited:.1f}s", again=True, unsure=True) from None
+            raise Refusal(f"no answer in {waited:.1f}s", again=True, unsure=True, kind="silent") from None
         except BaseException:
             connection.close()
             raise
@@ -334,7 +338,8 @@ class Connection:
         try:
             self._socket = self._dial(deadline)
         except TimeoutError:
-            raise Refusal(f"no connection in {time.monotonic() - begin:.1f}s", again=True) from None
+            waited = time.monotonic() - begin
+            raise Refusal(f"no connection in {waited:.1f}s", again=True, kind="silent") from None
         if context is not None:
             try:
                 self._greet(context, deadline)
@@ -512,7 +517,7 @@ class Connection:
         try:
             self._do(wrapped.do_handshake, select.POLLIN, deadline)
         except TimeoutError:
-            raise Refusal("no answer to the TLS greeting", again=True) from None
+            raise Refusal("no answer to the TLS greeting", again=True, kind="silent") from None
         except OSError as error:
             refusal = self._broken(error)
             if isinstance(refusal, Refusal):

@@ -88,7 +88,7 @@ def test_exit_codes_are_those_documented():
         (["subnet", "ls"], "did you mean subnets?"),
         (["net", "inti"], "did you mean init?"),
         (["subnets", "ls", "--nosuch"], "--nosuch"),
-        (["subnets", "get"], "SUBNET|PUBLIC-IP"),
+        (["subnets", "get"], "SUBNET|ADDRESS"),
         (["net", "init"], "nothing to write"),
         (["net", "init", "x.json", "--network", "10.0.0.0/8"], "exclude each other"),
         (["subnets", "ls", "-w", "yaml"], "yaml"),

@@ -117,8 +117,8 @@ def test_json_is_a_promise(registry):
     assert answer["unreadable"] == [{"key": f"{PREFIX}/subnets/172.17.x.0-24", "problem": "bad-key"}]
 
 
-@pytest.mark.parametrize("what", ["172.17.41.0/24", "127.0.0.1"])
-def test_get_finds_by_subnet_and_by_public_ip(registry, what):
+@pytest.mark.parametrize("what", ["172.17.41.0/24", "127.0.0.1", "172.17.41.7"])
+def test_get_finds_by_subnet_by_public_ip_and_by_a_containers_address(registry, what):
     answer = flanctl("subnets", "get", what, "-w", "simple", env=registry)
     assert (answer.code, answer.out.count("\n")) == (0, 1)
     assert answer.out.startswith("172.17.41.0/24\t127.0.0.1\tlease\t")

@@ -407,6 +407,39 @@ def test_a_watch_resumes_after_what_it_has_seen_and_hands_nothing_out_twice() ->
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"kvs": [{"key": "!!!"}]},
+        {"kvs": [{"key": "L2E=", "value": 7}]},
+        {"kvs": [{"key": "L2E=", "mod_revision": "many"}]},
+        {"kvs": "none"},
+        {"kvs": [7]},
+        {"header": {}},
+    ],
+)
+def test_what_no_etcd_sends_is_no_answer(message: dict[str, Any]) -> None:
+    """Nothing is wrong with what was asked, so whoever waits for a registry goes on waiting."""
+    with (
+        Scripted(lambda _: etcd({**HEADER, **message})) as server,
+        opened(local(server)) as store,
+        pytest.raises(RegistryUnreachable, match="etcd"),
+    ):
+        store.list("/")
+
+
+def test_a_watch_leaves_a_member_that_sends_garbage_and_misses_nothing() -> None:
+    """The changes of one revision are handed out together or not at all."""
+    garbage = result(events=[put("/a", 6), {"kv": {"key": "!!!", "mod_revision": "6"}}])
+    with (
+        Scripted(lambda _: chunked(result(created=True), garbage)) as one,
+        Scripted(lambda _: chunked(result(created=True), result(events=[put("/a", 6), put("/b", 6)]))) as two,
+        opened(local(one), local(two)) as store,
+        store.watch("/", after=5) as watch,
+    ):
+        assert list(itertools.islice(watch, 2)) == [Put(Entry("/a", b"", 6)), Put(Entry("/b", b"", 6))]
+
+
 def test_a_watch_too_far_behind_says_so_and_ends() -> None:
     lost = chunked(result(created=True), result(canceled=True, compact_revision="9"))
     with Scripted(lambda _: lost) as server, opened(local(server)) as store:

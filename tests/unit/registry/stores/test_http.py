@@ -152,6 +152,15 @@ def test_a_server_that_drips_cannot_hold_a_request_beyond_the_deadline() -> None
     assert "no answer in 0.4s" in error.details[0]
 
 
+def test_a_last_short_try_does_not_hide_what_was_said_before() -> None:
+    """Later rounds have less and less time: "no answer in 0.0s" would tell nobody anything."""
+
+    with Scripted(lambda _: server.ended.wait(5) and None) as server:
+        silent, refused = fails(server.port, closed_port(), timeout=0.8).details
+    assert "no answer in 0.4s" in silent
+    assert "connection refused" in refused
+
+
 def test_a_refusal_of_the_judge_goes_to_the_next_endpoint_and_round_again_while_it_may_pass() -> None:
     asked = 0
 
