@@ -603,7 +603,7 @@ def _b64(data: bytes) -> str:
 def _bytes(message: Mapping[str, Any], name: str) -> bytes:
     text = message.get(name, "")
     try:
-        return binascii.a2b_base64(text)
+        return binascii.a2b_base64(text, strict_mode=True)
     except (ValueError, TypeError):
         raise _Garbage(f"etcd sent {name!r} that is not base64") from None
 

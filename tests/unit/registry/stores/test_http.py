@@ -155,7 +155,10 @@ def test_a_server_that_drips_cannot_hold_a_request_beyond_the_deadline() -> None
 def test_a_last_short_try_does_not_hide_what_was_said_before() -> None:
     """Later rounds have less and less time: "no answer in 0.0s" would tell nobody anything."""
 
-    with Scripted(lambda _: server.ended.wait(5) and None) as server:
+    def hang(_: Request) -> None:
+        server.ended.wait(5)
+
+    with Scripted(hang) as server:
         silent, refused = fails(server.port, closed_port(), timeout=0.8).details
     assert "no answer in 0.4s" in silent
     assert "connection refused" in refused
