@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     from etcd3.etcdrpc import kv_pb2
 
 from flanctl.errors import FlanctlError, Invalid, NotPermitted, RegistryUnreachable
+from flanctl.registry.stores import http
 from flanctl.registry.stores.store import (
     Changed,
     Compacted,
@@ -62,6 +63,9 @@ ROUND_PAUSE = 0.1
 
 REVOKE_SECONDS = 1.0
 
+LOOK_SECONDS = 1.0
+"""How long to find out why no endpoint can be talked to, for the error's sake."""
+
 _BACK_OFF = (0.1, 2.0)
 """Seconds between two tries to open a watch, first and longest."""
 
@@ -91,22 +95,25 @@ _Code = grpc.StatusCode
 _TRANSIENT = {_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.ABORTED, _Code.CANCELLED}
 _STRANGE = {_Code.UNKNOWN, _Code.INTERNAL, _Code.UNIMPLEMENTED, _Code.DATA_LOSS}
 
+_SILENCE, _CLOSED, _NO_TLS = "no answer", "closed the connection", "the TLS handshake failed"
 _REASONS = (
     ("Connection refused", "connection refused"),
-    ("timed out", "no answer"),
+    ("timed out", _SILENCE),
     ("No route to host", "no route to host"),
     ("Network is unreachable", "network is unreachable"),
     ("errors resolving", "host name not known"),
     ("DNS resolution failed", "host name not known"),
     ("Failed parsing HTTP/2", "answers, but is not etcd (no gRPC)"),
     ("http1.x server", "answers, but is not etcd (no gRPC)"),
+    ("missing selected ALPN", "answers, but is not etcd (no gRPC)"),
     ("WRONG_VERSION_NUMBER", "speaks no TLS; try http://"),
     ("Hostname Verification Check failed", "its certificate is for another name"),
     ("certificate has expired", "its certificate has expired"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by a CA we trust"),
-    ("handshake failed", "the TLS handshake failed"),
-    ("Connection reset by peer", "closed the connection"),
-    ("Socket closed", "closed the connection"),
+    ("handshake failed", _NO_TLS),
+    ("TSI_DATA_CORRUPTED", _NO_TLS),
+    ("Connection reset by peer", _CLOSED),
+    ("Socket closed", _CLOSED),
 )
 """What gRPC says, and what a person reads; the first that fits."""
 
@@ -129,12 +136,6 @@ class _Failed(Exception):
         self.reason = reason
         self.again = again
         self.unsure = unsure
-
-
-class _Unreachable(RegistryUnreachable):
-    """No endpoint served the request. `unsure` as in _Failed."""
-
-    unsure = False
 
 
 class _Member:
@@ -191,6 +192,8 @@ class EtcdGrpcStore:
         self.endpoints = tuple(endpoints)
         secure = any(endpoint.scheme == "https" for endpoint in endpoints)
         self._credentials = _credentials(cacert, cert, key) if secure else None
+        self._plain = http.Transport(endpoints, timeout=timeout, cacert=cacert, cert=cert, key=key)
+        """Asked nothing but what ails an endpoint that gRPC cannot talk to."""
         self._members: dict[Endpoint, _Member] = {}
         self._turn = 0
         self._good: Endpoint | None = None
@@ -216,6 +219,7 @@ class EtcdGrpcStore:
             self._members.clear()
         for member in members:
             member.channel.close()
+        self._plain.close()
 
     # reading
 
@@ -357,24 +361,27 @@ class EtcdGrpcStore:
 
     def unreachable(
         self, what: str, reasons: Mapping[Endpoint, str], *, seconds: float | None, unsure: bool = False
-    ) -> RegistryUnreachable:
+    ) -> FlanctlError:
         """The error for people; `in 5s` only if we did wait."""
-        count = len(self.endpoints)
-        message = f"cannot {what}: " + (
-            "the only endpoint did not answer" if count == 1 else f"none of {count} endpoints answered"
-        )
-        if seconds is not None:
-            message += f" in {seconds:.1f}".removesuffix(".0") + "s"
-        width = max(len(str(endpoint)) for endpoint in self.endpoints)
-        error = _Unreachable(
-            message,
-            details=tuple(
-                f"{endpoint!s:{width}}   {reasons.get(endpoint, 'not tried, no time left')}"
-                for endpoint in self.endpoints
-            ),
-        )
-        error.unsure = unsure
+        deadline = time.monotonic() + LOOK_SECONDS
+        waited = seconds is not None
+        refusals = {at: self._look(at, reason, deadline, waited=waited) for at, reason in reasons.items()}
+        error = self._plain.nobody(refusals, seconds or 0.0, unsure=unsure)
+        error.message = f"cannot {what}: {error.message}"
         return error
+
+    def _look(self, endpoint: Endpoint, reason: str, deadline: float, *, waited: bool) -> http.Refusal:
+        """gRPC keeps to itself that a port speaks TLS, or none, or wants another certificate; HTTP tells."""
+        if reason in {_CLOSED, _NO_TLS}:
+            patience = max(0.0, deadline - time.monotonic())
+            try:
+                self._plain.ask(endpoint, "GET", "/version", deadline=deadline, patience=patience)
+            except http.Refusal as refusal:
+                if refusal.kind != "silent":
+                    return http.Refusal(refusal.reason, again=waited, kind=refusal.kind)
+            except FlanctlError:
+                pass  # a PEM file that was good when we began
+        return http.Refusal(reason, again=waited)
 
     def explain(self, refused: _Refused, what: str) -> FlanctlError:
         """etcd's refusal as ours; its words are kept."""
@@ -454,7 +461,9 @@ class EtcdGrpcStore:
         try:
             answer, unsure = self._ask(lambda member: member.kv.Txn, request, deadline, what)
         except FlanctlError as error:
-            if not (isinstance(error, _Unreachable) and error.unsure):  # else the key may hang on the lease
+            if not (
+                isinstance(error, http.Unreachable) and error.unsure
+            ):  # else the key may hang on the lease
                 self._revoke(lease)
             raise
         if answer.succeeded:
@@ -536,7 +545,7 @@ class EtcdGrpcStore:
                     try:
                         self.judge(error, share)
                     except _Failed as failed:
-                        reasons[endpoint] = failed.reason
+                        _note(reasons, endpoint, failed.reason)
                         again = again or failed.again
                         unsure = unsure or failed.unsure
                     except _Refused as refused:
@@ -562,8 +571,13 @@ class EtcdGrpcStore:
         connecting = words.startswith(("failed to connect", "errors resolving", "DNS resolution"))
         overload = code is _Code.RESOURCE_EXHAUSTED and "too many requests" in words
         if code in _TRANSIENT or overload:
-            reason = f"no answer in {seconds:.1f}s" if code is _Code.DEADLINE_EXCEEDED else _reason(words)
-            raise _Failed(reason, again=not connecting, unsure=not connecting) from None
+            reason = _reason(words)
+            if code is _Code.DEADLINE_EXCEEDED:
+                reason = f"{_SILENCE} in {seconds:.1f}s"
+            elif reason == _SILENCE and not connecting:
+                reason = words  # etcd's own "request timed out, possibly due to …"
+            # A packet may be lost while connecting too; a refusal is there to stay for now.
+            raise _Failed(reason, again=reason == _SILENCE or not connecting, unsure=not connecting) from None
         if code in _STRANGE and not _token_ended(_Refused(code, words)):
             raise _Failed(f"answers, but not as etcd does ({words})", again=False, unsure=True) from None
         raise _Refused(code, words) from None
@@ -683,7 +697,7 @@ class GrpcWatch:
                 return self._stream
         except ValueError:  # gRPC: "Cannot invoke RPC on closed channel!"
             self._fail(endpoint, "the connection has been closed")
-        except _Unreachable as error:  # nobody to log in to
+        except http.Unreachable as error:  # nobody to log in to
             self._fail(endpoint, next(iter(error.details)).rpartition("   ")[2])
         return None
 
@@ -756,7 +770,7 @@ class GrpcWatch:
     def _fail(self, endpoint: Endpoint, reason: str) -> None:
         """A member does not serve us now: try the next, more and more slowly, and give up after `timeout`."""
         self._drop()
-        self._reasons[endpoint] = reason
+        _note(self._reasons, endpoint, reason)
         self._turn += 1
         now = time.monotonic()
         if self._lost is None:
@@ -798,6 +812,12 @@ def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
 
 def _words(details: str | None) -> str:
     return (details or "no reason given")[:500].removeprefix("etcdserver: ")
+
+
+def _note(reasons: dict[Endpoint, str], endpoint: Endpoint, reason: str) -> None:
+    """What was said before tells more than a silence, and a first silence was the longest."""
+    if endpoint not in reasons or not reason.startswith(_SILENCE):
+        reasons[endpoint] = reason
 
 
 def _reason(words: str) -> str:

@@ -20,6 +20,8 @@ from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
 from flanctl.registry.stores.store import Changed, Compacted, Delete, KeyExists, Progress, Put
 from tests.support.deadline import until
+from tests.unit.registry.stores.pki import make_pki, needs_openssl, server_context
+from tests.unit.registry.stores.scripted import Scripted, ok
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -281,6 +283,16 @@ class TestEndpoints:
             assert time.monotonic() - started < 0.4
             assert store.describe() == f"etcd v3 over gRPC at {etcd.endpoint}"
 
+    def test_an_endpoint_that_stays_silent_is_waited_for(self, deaf: str) -> None:
+        """Not given up at the first lost packet: the whole time-out is its."""
+        started = time.monotonic()
+        with opened(deaf, timeout=1.5) as store, pytest.raises(RegistryUnreachable) as error:
+            store.list("/a/")
+        assert 1.4 < time.monotonic() - started < 2.5
+        assert error.value.message == "cannot list /a/: the only endpoint did not answer in 1.5s"
+        assert "no answer" in error.value.details[0]
+        assert "0.0s" not in error.value.details[0]
+
     def test_a_server_that_is_no_etcd_is_named(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -301,6 +313,34 @@ class TestEndpoints:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
         assert "answers, but is not etcd" in error.value.details[0]
+
+    @needs_openssl
+    def test_plain_and_tls_mixed_up_are_said(self, etcd: Etcd, tmp_path: Path) -> None:
+        pki = make_pki(tmp_path)
+        with Scripted(lambda _: ok(), tls=server_context(pki)) as server:
+            with opened(f"127.0.0.1:{server.port}") as store, pytest.raises(RegistryUnreachable) as error:
+                store.list("/a/")
+            assert f"speaks TLS: write https://127.0.0.1:{server.port}" in error.value.details[0]
+        endpoint = f"https://127.0.0.1:{etcd.port}"
+        with (
+            opened(endpoint, cacert=str(pki / "ca.pem")) as store,
+            pytest.raises(RegistryUnreachable) as error,
+        ):
+            store.list("/a/")
+        assert "TLS" in error.value.details[0]
+
+    @needs_openssl
+    def test_a_missing_client_certificate_is_not_permitted(self, tmp_path: Path) -> None:
+        """Waiting would not help, so it is not an outage."""
+        pki = make_pki(tmp_path)
+        context = server_context(pki, ask_client=True)
+        context.set_alpn_protocols(["h2"])
+        with (
+            Scripted(lambda _: ok(), tls=context) as server,
+            opened(f"https://127.0.0.1:{server.port}", cacert=str(pki / "ca.pem")) as store,
+            pytest.raises(NotPermitted, match="cannot list /a/: etcd refused our client certificate"),
+        ):
+            store.list("/a/")
 
     def test_files_that_are_no_good_are_named(self, tmp_path: Path) -> None:
         junk = tmp_path / "ca.pem"
