@@ -7,11 +7,11 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import pytest
 
-from flanctl.errors import Conflict, FlanctlError
+from flanctl.errors import Conflict, FlanctlError, RegistryUnreachable
 from flanctl.registry.stores.open import Connection, open_store
 from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
 from tests.support.deadline import until
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from flanctl.registry.stores.store import Event, Store, Watch
     from tests.contract.conftest import Backend
+    from tests.support.etcd import Version
 
 LONG = 300.0
 
@@ -60,6 +61,20 @@ class Reader:
             self.events.extend(self.watch)
         except BaseException as error:
             self.error = error
+
+
+class PatientReader(Reader):
+    """Iterates on when nobody can be reached, as store.py leaves it to the caller."""
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.events.extend(self.watch)
+            except RegistryUnreachable:
+                continue
+            except BaseException as error:
+                self.error = error
+            return
 
 
 def timeless(entry: Entry | None) -> Entry:
@@ -627,3 +642,37 @@ def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: s
             assert reader.wait_for(1) == [Put(timeless(created))]
             changed = store.replace(prefix + "a", b"2", ttl=None, expected=created.revision)
             assert reader.wait_for(2)[1:] == [Put(changed)]
+
+
+@pytest.mark.parametrize("prefer", ["gateway", "grpc"])
+@pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
+        pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
+    ],
+)
+def test_a_server_killed_and_back_costs_a_watch_nothing(
+    tmp_path: Path, prefix: str, version: Version, prefer: Literal["gateway", "grpc"]
+) -> None:
+    with Cluster(version, folder=tmp_path) as cluster, contextlib.ExitStack() as stack:
+        connection = Connection(cluster.endpoints)
+        store, other = (
+            stack.enter_context(contextlib.closing(open_store(connection, prefer=prefer))) for _ in "ab"
+        )
+        first = store.create(prefix + "a", b"1", ttl=LONG)
+
+        def write() -> Entry | None:
+            """A client may say for a moment that a server is away which has just come back."""
+            try:
+                return other.create(prefix + "c", b"3", ttl=None)
+            except RegistryUnreachable:
+                return None
+
+        with PatientReader(store.watch(prefix, after=first.revision)) as reader:
+            before = other.create(prefix + "b", b"2", ttl=None)
+            reader.wait_for(1)
+            cluster.restart(0)
+            after = until(write)
+            assert reader.wait_for(2) == [Put(before), Put(timeless(after))]
+        assert timeless(store.refresh(first, ttl=LONG)) == timeless(first)

@@ -464,7 +464,7 @@ class EtcdGatewayStore:
                     continue
                 raise GatewayOff(
                     f"cannot {what}: etcd's JSON gateway is off",
-                    hint="--api v3-grpc, or etcd --enable-grpc-gateway",
+                    hint="start etcd with --enable-grpc-gateway",
                 ) from None
             except http.Unreachable as error:
                 if "grpc" in error.kinds:

@@ -1,6 +1,6 @@
 # What registry/stores/etcd_grpc.py uses of etcd3 0.12.0's generated code (etcd's rpc.proto), which ships no types.
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from etcd3.etcdrpc.kv_pb2 import Event, KeyValue
 from grpc import Channel
