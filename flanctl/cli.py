@@ -5,6 +5,7 @@ Commands are imported when they are called, so that `flanctl version` does not p
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -38,6 +39,10 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(module), attribute)
         return command
 
+    def _shown(self, ctx: click.Context) -> list[str]:
+        """Without those only the program itself calls."""
+        return [name for name in self.lazy if not getattr(self.get_command(ctx, name), "hidden", False)]
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -49,8 +54,8 @@ class LazyGroup(click.Group):
         except click.UsageError as error:
             from difflib import get_close_matches
 
-            near = get_close_matches(args[0], self.lazy, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.lazy)}"
+            near = get_close_matches(args[0], self._shown(ctx), n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self._shown(ctx))}"
             raise click.UsageError(error.message.rstrip(".") + hint, ctx) from None
 
 
@@ -124,20 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from click.shell_completion import shell_complete
 
         return _flushed(shell_complete(flanctl, {}, "flanctl", COMPLETE, instruction))
-    try:
-        context = flanctl.make_context("flanctl", words)
-    except click.exceptions.Exit as done:
-        return _flushed(done.exit_code)
-    except click.UsageError as error:
-        return _usage(error)
-    with context:
-        return _invoke(context)
-
-
-def _invoke(context: click.Context) -> int:
+    context = None
     code = 0
     try:
-        flanctl.invoke(context)
+        with flanctl.make_context("flanctl", words) as context:
+            flanctl.invoke(context)
     except click.exceptions.Exit as done:
         code = done.exit_code
     except click.UsageError as error:
@@ -151,6 +147,8 @@ def _invoke(context: click.Context) -> int:
     except BrokenPipeError:
         return _quiet_end()
     except Exception as error:  # the last line of defence: no traceback reaches a user
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            return _unwritable(error, 1)  # an unbuffered stdout says so before the end
         bug = FlanctlError(
             f"unexpected {type(error).__name__}: {error}",
             hint="run it again with --debug and report what it prints",
@@ -170,10 +168,14 @@ def _flushed(code: int) -> int:
     except BrokenPipeError:
         return _quiet_end()
     except OSError as error:
-        _to_stderr(f"flanctl: cannot write the answer to standard output: {error.strerror}\n")
-        _drop_stdout()
-        return code or 1
+        return _unwritable(error, code)
     return code
+
+
+def _unwritable(error: OSError, code: int) -> int:
+    _to_stderr(f"flanctl: cannot write the answer to standard output: {error.strerror}\n")
+    _drop_stdout()
+    return code or 1
 
 
 def _quiet_end() -> int:
@@ -196,9 +198,9 @@ def _usage(error: click.UsageError) -> int:
     return 2
 
 
-def _say(context: click.Context, error: FlanctlError) -> None:
-    path = _command_path(context)
-    if write_out_or_table(context) == "json":
+def _say(context: click.Context | None, error: FlanctlError) -> None:
+    path = "flanctl" if context is None else _command_path(context)
+    if context is not None and write_out_or_table(context) == "json":
         from json import dumps
 
         shown = {
@@ -214,7 +216,7 @@ def _say(context: click.Context, error: FlanctlError) -> None:
         if error.hint:
             lines.append(f"try: {error.hint}")
         _to_stderr("\n".join(map(printable, lines)) + "\n")
-    if "debug" in flags_of(context):
+    if context is not None and "debug" in flags_of(context):
         from traceback import format_exception
 
         _to_stderr("".join(format_exception(error)))

@@ -44,6 +44,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 def sweep(path: Path) -> None:
     """Remove what a process that was killed in `write_atomically(path)` has left beside it."""
+    path = Path(os.path.realpath(path))
     for leftover in path.parent.glob(_temporary(path) + "*"):
         leftover.unlink(missing_ok=True)
 

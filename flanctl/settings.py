@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flanctl.errors import UsageError
+from flanctl.errors import NotPermitted, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -29,8 +29,8 @@ class Setting:
     """One row of the table.
 
     `flanneld` is flannel's flag (its FLANNELD_ variable follows by flannel's rule), `flannel` the variables of the
-    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, number, seconds, switch
-    or list (comma separated in a variable, repeated as a flag).
+    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, number, seconds, switch,
+    list (repeated as a flag, comma separated in a variable) or patterns (repeated, never split at a comma).
     """
 
     name: str
@@ -42,6 +42,10 @@ class Setting:
     flannel: tuple[str, ...] = ()
     etcdctl: str | None = None
     secret: bool = False
+
+    @property
+    def repeatable(self) -> bool:
+        return self.kind in {"list", "patterns"}
 
     @property
     def flag(self) -> str:
@@ -122,7 +126,7 @@ AGENT = (
     Setting(
         "iface_regex",
         "The same by regular expression, on addresses, then on names; repeatable.",
-        kind="list",
+        kind="patterns",
         metavar="REGEX",
         flanneld="iface-regex",
     ),
@@ -231,9 +235,11 @@ class Settings:
         return self.values[name].source
 
     def items(self, name: str) -> tuple[str, ...]:
-        """A comma list, blanks trimmed, empties dropped."""
+        """A list, blanks trimmed, empties dropped: one a line, or between commas, which a pattern may hold itself."""
         text = self.optional(name) or ""
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        if TABLE[name].kind != "patterns":
+            text = text.replace(",", "\n")
+        return tuple(part.strip() for part in text.split("\n") if part.strip())
 
     def switch(self, name: str) -> bool:
         text = self.text(name).lower()
@@ -325,8 +331,10 @@ def _first(
 def _toml_values(path: Path) -> dict[str, Value]:
     try:
         content = path.read_bytes()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise _unreadable(path, error) from None
     import tomllib
 
     try:
@@ -343,6 +351,11 @@ def _toml_values(path: Path) -> dict[str, Value]:
     return values
 
 
+def _unreadable(path: Path, error: OSError) -> NotPermitted:
+    """Going on without it could ask, or write to, another registry than the operator configured."""
+    return NotPermitted(f"cannot read settings from {path}: {error.strerror}")
+
+
 def _sysconfig_values(path: Path) -> dict[str, Value]:
     """KEY=VALUE lines as systemd's EnvironmentFile has them, and the flags inside FLANNEL_OPTIONS.
 
@@ -351,8 +364,10 @@ def _sysconfig_values(path: Path) -> dict[str, Value]:
     """
     try:
         lines = path.read_text(errors="replace").splitlines()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise _unreadable(path, error) from None
     by_variable = {variable: row for row in TABLE.values() for variable in row.variables()}
     values: dict[str, Value] = {}
     from_flags: dict[str, Value] = {}
@@ -387,7 +402,7 @@ def _go_flags(words: list[str], source: str) -> dict[str, Value]:
         row = by_flag.get(name)
         if row is None:
             continue
-        if row.kind == "list" and row.name in found:
-            text = f"{found[row.name].text},{text}"
+        if row.repeatable and row.name in found:
+            text = f"{found[row.name].text}\n{text}"
         found[row.name] = Value(text, source)
     return found

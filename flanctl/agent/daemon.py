@@ -73,8 +73,13 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 2.5
 """For all workers together; with the backend's 2 s the agent keeps its promise of 5 s."""
-PATH_FAILURES = 5
-"""So many failures of the data plane in a row and we give up, for systemd to start us afresh."""
+FAILURES, FAILURE_WINDOW = 5, 60.0
+"""So many failures of the data plane, or of looking at the kernel, within so many seconds, and we give up, for
+systemd to start us afresh. One alone must not end an agent whose packets flow."""
+LINK_PAUSE = 0.5
+"""Seconds between two looks for the sake of link events: somebody who fights us over flannel0 must not own the CPU."""
+FATAL = frozenset({"device-foreign", "device-busy"})
+"""What trying again does not mend: flannel0 is somebody else's now."""
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
 MANY_CHANGES = 10
@@ -171,19 +176,24 @@ class Agent:
         self._keeper: Keeper
         self._follower: Follower
         self._drops: dict[str, int] = {}
-        self._path_failures = 0
+        self._failures: dict[str, list[float]] = {}
+        self._looked = 0.0
+        self._link_changed = False
         self.phase = Phase.STARTING
 
     # ---- looking: nothing on this machine or in the registry changes --------------------------------------------
 
     def check(self) -> None:
         """Everything `run` looks at before it acts. Raises the error that would end it; says what was found."""
+        refuse_locked(self._options.run_dir)
         self._refuse_unwritable()
         config = read_config(self._store, self._options.prefix, self._dialect).config
         machine = self._look(config)
         try:
             self._introduce(config, machine)
             machine.backend.check()
+            if self._options.ip_masq or self._options.forward_rules:
+                machine.rules(config.subnet_at(0)).check()
         finally:
             machine.backend.stop()
             machine.close()
@@ -231,8 +241,12 @@ class Agent:
                 self._live(config, machine)
             except StopRequested:
                 pass
-            except LeaseLost:
+            except LeaseLost as error:
                 lease = "lost"
+                self._log.error(
+                    f"lease lost: {error.message}; stopping with {error.exit_code}, kernel state stays",
+                    id=error.id,
+                )
                 raise
             finally:
                 if self.phase is not Phase.STARTING:
@@ -275,12 +289,14 @@ class Agent:
         due = self._clock.now() + self._options.resync_seconds
         while True:
             dirty = False
-            wait = max(0.0, due - self._clock.now())
+            soon = min(due, self._looked + LINK_PAUSE) if self._link_changed else due
+            wait = max(0.0, soon - self._clock.now())
             for message in self._messages(wait):
                 dirty |= self._take(message, config, machine, held)
                 if self._stop_reason is not None:
                     return
             tick = self._clock.now() >= due
+            dirty |= self._link_changed and self._clock.now() >= self._looked + LINK_PAUSE
             if tick:
                 due = self._clock.now() + self._options.resync_seconds
             if (dirty or tick) and self._peers is not None:
@@ -307,14 +323,10 @@ class Agent:
             case PeersChanged():
                 return self._learn(config, machine, held)
             case LinkChanged():
-                return True
+                self._link_changed = True
             case PathFailed(why):
-                self._path_failures += 1
-                self._log.warn("data plane ended by itself", error=why, times=self._path_failures)
-                if self._path_failures >= PATH_FAILURES:
-                    raise FlanctlError(
-                        f"the data plane failed {PATH_FAILURES} times in a row: {why}", id="data-path"
-                    )
+                self._log.warn("data plane ended by itself", error=why)
+                self._count_failure(FlanctlError(f"the data plane ended by itself: {why}", id="data-path"))
                 return True
             case WorkerFailed(name, error):
                 raise error or FlanctlError(f"the worker {name} ended though nobody asked it to", id="worker")
@@ -492,7 +504,15 @@ class Agent:
         with_rules: bool,
     ) -> None:
         """Make the machine what everything known says it should be."""
-        report = machine.backend.apply(self._peers or ())
+        self._looked, self._link_changed = self._clock.now(), False
+        try:
+            report = machine.backend.apply(self._peers or ())
+        except FlanctlError as error:
+            if error.id in FATAL or self.phase is not Phase.READY:
+                raise
+            self._log.warn(f"could not look at the kernel, trying again: {error.message}")
+            self._count_failure(error)
+            return
         repaired, failed = list(report.repaired), list(report.failed)
         if with_rules:
             try:
@@ -501,14 +521,27 @@ class Agent:
                 failed.append(error.message)
         if self.phase is Phase.READY:
             for sentence in repaired:
-                self._log.info(f"repaired: {sentence}")
+                if count := self._repeated.worth_saying(sentence):
+                    self._log.info(f"repaired: {sentence}", **({"times": count} if count > 1 else {}))
         for sentence in failed:
             if count := self._repeated.worth_saying(sentence):
                 self._log.warn(sentence, times=count)
-        if not report.repaired:
-            self._path_failures = 0
+        if (
+            with_rules
+            and (trouble := machine.underlay_trouble())
+            and (count := self._repeated.worth_saying(trouble))
+        ):
+            self._log.warn(trouble, times=count, id="address-gone")
         if self.phase is Phase.LEASED:
             self._get_ready(config, machine, held)
+
+    def _count_failure(self, error: FlanctlError) -> None:
+        """Raise it if its kind has come too often lately."""
+        now = self._clock.now()
+        recent = [when for when in self._failures.get(error.id, []) if now - when < FAILURE_WINDOW]
+        self._failures[error.id] = [*recent, now]
+        if len(recent) + 1 >= FAILURES:
+            raise error
 
     def _get_ready(self, config: NetworkConfig, machine: Machine, held: Acquired) -> None:
         """Now the subnet works: tell dockerd (subnet.env), systemd and the operator."""
@@ -608,21 +641,38 @@ def lock(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise NotPermitted(f"cannot lock {path}: {error.strerror}", hint="run as root") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "?"
-            raise Conflict(
-                f"another flanctl agent runs on this host (pid {holder}, {path})",
-                hint="stop it first; a second network needs its own --run-dir, --state-dir and --subnet-file",
-                id="already-running",
-            ) from None
+        _take_lock(handle, path)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         # The kernel lets go of the lock with the descriptor, also after SIGKILL; the file may stay.
         os.close(handle)
+
+
+def refuse_locked(run_dir: Path) -> None:
+    """Raise Conflict when another agent holds the run directory's lock; leaves nothing behind."""
+    path = run_dir / "agent.lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # no agent has run here yet; whether we may make the file shows when we do
+    try:
+        _take_lock(handle, path)
+    finally:
+        os.close(handle)
+
+
+def _take_lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "?"
+        raise Conflict(
+            f"another flanctl agent runs on this host (pid {holder}, {path})",
+            hint="stop it first",
+            id="already-running",
+        ) from None
 
 
 def _hours(seconds: float | None) -> str:

@@ -32,7 +32,7 @@ class Log:
 
     def __init__(self, stream: TextIO | None = None, *, journal: bool | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._journal = "JOURNAL_STREAM" in os.environ if journal is None else journal
+        self._journal = _is_journal(self._stream) if journal is None else journal
         self._lock = threading.Lock()
 
     def info(self, sentence: str, **fields: object) -> None:
@@ -87,6 +87,18 @@ class Repeated:
         """Forget it; for how many seconds it lasted, None if it was not going on."""
         entry = self._since.pop(what, None)
         return None if entry is None else self._clock.now() - entry[0]
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """systemd.exec(5): JOURNAL_STREAM names device and inode of the journal's stream.
+
+    Children inherit the variable, also where their stderr is something else.
+    """
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def _fields(fields: dict[str, object]) -> str:

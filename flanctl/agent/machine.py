@@ -63,6 +63,19 @@ class Machine:
 
         return watch, monitor.stop
 
+    def underlay_trouble(self) -> str | None:
+        """What keeps peers from reaching us at the address they know: a sentence, or None. Never raises."""
+        try:
+            link = self.kernel.link(self.underlay.link.name)
+        except FlanctlError:
+            return None
+        name, address = self.underlay.link.name, self.underlay.address
+        if link is None:
+            return f"the interface {name} is gone; restart the agent once it is back"
+        if all(own.ip != address for own in link.addresses):
+            return f"the address {address} is gone from {name}; restart the agent to use another"
+        return None if link.up else f"the interface {name} is down"
+
     def close(self) -> None:
         self.kernel.close()
 

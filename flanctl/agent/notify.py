@@ -17,9 +17,6 @@ class Notify:
     def ready(self, status: str) -> None:
         self._send(f"READY=1\nSTATUS={status}")
 
-    def status(self, text: str) -> None:
-        self._send(f"STATUS={text}")
-
     def waiting(self, text: str, *, seconds: float) -> None:
         """Say what we wait for and ask for `seconds` more before systemd gives up on us."""
         self._send(f"STATUS={text}\nEXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")

@@ -55,7 +55,7 @@ def agent(check: bool) -> None:
         peer_check=chosen.choice("peer_check", "strict", "subnet", "off"),
     )
     chosen.choice("data_path", "tun")
-    with session(chosen, prefer="grpc") as registry:
+    with session(chosen, prefer="grpc", create=not check) as registry:
         log = Log()
         daemon = Agent(
             options,

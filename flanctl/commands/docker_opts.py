@@ -9,7 +9,7 @@ import click
 
 from flanctl.commands import output
 from flanctl.commands.options import output_options
-from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
+from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted, UsageError
 from flanctl.files import write_atomically
 from flanctl.model.docker_options import docker_options, read_variables
 
@@ -64,6 +64,10 @@ def docker_opts(
     if target == "-":
         output.data(content.rstrip("\n"))
         return
+    if target == "/dev/stdout":
+        raise UsageError(
+            "-d /dev/stdout would have to be replaced by a file", hint="flanctl docker-opts -d -   prints"
+        )
     write_atomically(Path(target), content.encode())
     output.note(
         f"wrote {target}: --bip={variables['FLANNEL_SUBNET']} --mtu={variables['FLANNEL_MTU']} (from {subnet_file})"

@@ -12,13 +12,12 @@ import click
 from flanctl.commands import output
 from flanctl.commands.options import output_options, registry_options, settings, write_out
 from flanctl.errors import Conflict, Invalid, NotFound, NotPermitted, UsageError
+from flanctl.model.json_text import MAX_BYTES
 from flanctl.model.network_config import NetworkConfig, compose_config
 
 if TYPE_CHECKING:
     from flanctl.commands.session import Session
     from flanctl.registry.stores.store import Entry
-
-MAX_BYTES = 1_000_000
 
 
 @click.command()
@@ -60,7 +59,7 @@ def init(
       flanctl net init --network 10.5.0.0/16 --subnet-len 25 --backend vxlan,VNI=7
       echo '{"Network":"172.17.0.0/16"}' | flanctl net init -
     """
-    from flanctl.commands.session import session
+    from flanctl.commands.session import dialect_of, session
 
     options = (network, subnet_len, subnet_min, subnet_max, backend)
     if source is not None and any(option is not None for option in options):
@@ -83,10 +82,12 @@ def init(
             "nothing to write: no --network and no file",
             hint="flanctl net init --network 172.17.0.0/16",
         )
-    with session() as registry:
-        config = NetworkConfig.parse(text, registry.dialect, name=name)
-        for sentence in (*config.warnings, *_overlaps(config)):
-            output.warning(sentence)
+    # All that can be wrong with the config is known before the registry is asked, or made.
+    chosen = settings()
+    config = NetworkConfig.parse(text, dialect_of(chosen), name=name)
+    for sentence in (*config.warnings, *_overlaps(config)):
+        output.warning(sentence)
+    with session(chosen, create=not dry_run) as registry:
         _write(registry, config, text.strip(), dry_run=dry_run, force=force)
 
 
@@ -167,9 +168,13 @@ def _facts(config: NetworkConfig) -> list[tuple[str, object]]:
 def _same(stored: bytes, wanted: bytes) -> bool:
     """Equal as JSON: blanks and key order make no other network."""
     try:
-        return stored == wanted or json.loads(stored) == json.loads(wanted)
-    except ValueError:
+        return stored == wanted or _canonical(stored) == _canonical(wanted)
+    except (ValueError, RecursionError):
         return False
+
+
+def _canonical(value: bytes) -> str:
+    return json.dumps(json.loads(value), sort_keys=True)
 
 
 def _difference(stored: bytes, wanted: bytes) -> list[str]:
@@ -178,7 +183,7 @@ def _difference(stored: bytes, wanted: bytes) -> list[str]:
     def lines(value: bytes) -> list[str]:
         try:
             return json.dumps(json.loads(value), indent=2, ensure_ascii=False).splitlines()
-        except ValueError:
+        except (ValueError, RecursionError):
             return value.decode(errors="backslashreplace").splitlines()
 
     return list(unified_diff(lines(stored), lines(wanted), "in the registry", "to be written", lineterm=""))
@@ -311,7 +316,7 @@ def validate(source: str | None) -> None:
       flanctl net validate net.json
       echo '{"Network":"10.0.0.0/8"}' | flanctl net validate --dialect 0.7 -
     """
-    from flanctl.model.dialect import Dialect
+    from flanctl.commands.session import dialect_of
 
     if source is None:
         from flanctl.commands.session import session
@@ -324,7 +329,7 @@ def validate(source: str | None) -> None:
             config = NetworkConfig.parse(entry.value, registry.dialect, name=entry.key)
     else:
         name = "standard input" if source == "-" else source
-        config = NetworkConfig.parse(_read(source), Dialect.parse(settings().text("dialect")), name=name)
+        config = NetworkConfig.parse(_read(source), dialect_of(settings()), name=name)
     for sentence in config.warnings:
         output.warning(sentence)
     _print_config(config, {"valid": True, "dialect": str(config.dialect)})

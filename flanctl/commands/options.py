@@ -32,7 +32,7 @@ def _keep(context: click.Context, parameter: click.Parameter, value: object) -> 
     if value is None or value == ():
         return
     flags_of(context)[name] = (
-        ",".join(map(str, value))
+        "\n".join(map(str, value))
         if isinstance(value, tuple)
         else str(value).lower()
         if isinstance(value, bool)
@@ -62,7 +62,7 @@ def _option(row: Setting) -> Callable[[F], F]:
         metavar=row.metavar,
         expose_value=False,
         callback=_keep,
-        multiple=row.kind == "list",
+        multiple=row.repeatable,
         help=help_text,
     )
 

@@ -24,7 +24,10 @@ def data(text: str) -> None:
 
 def note(text: str) -> None:
     """Say something beside the answer."""
-    sys.stderr.write(printable(text) + "\n")
+    try:
+        sys.stderr.write(printable(text) + "\n")
+    except (OSError, ValueError, AttributeError):
+        pass  # nobody reads stderr; a note never decides how a command ends
 
 
 def warning(text: str) -> None:

@@ -42,13 +42,16 @@ class Session:
 
 @contextmanager
 def session(
-    settings: Settings | None = None, *, prefer: Literal["gateway", "grpc"] = "gateway"
+    settings: Settings | None = None,
+    *,
+    prefer: Literal["gateway", "grpc"] = "gateway",
+    create: bool = False,
 ) -> Iterator[Session]:
-    """Open the registry the settings name. Errors from it say where the endpoints were configured."""
+    """Open the registry the settings name, making it (a file) only with `create`. Errors from it say where the endpoints were configured."""
     chosen = settings or current_settings()
-    dialect = Dialect.parse(chosen.text("dialect"))
+    dialect = dialect_of(chosen)
     prefix = clean_prefix(chosen.text("prefix"))
-    store = open_store(connection(chosen), prefer=prefer)
+    store = open_store(connection(chosen), prefer=prefer, create=create)
     try:
         yield Session(chosen, store, prefix, dialect)
     except RegistryUnreachable as error:
@@ -56,6 +59,11 @@ def session(
         raise
     finally:
         store.close()
+
+
+def dialect_of(settings: Settings) -> Dialect:
+    """Raises UsageError for one that no flannel speaks."""
+    return Dialect.parse(settings.choice("dialect", *(str(dialect) for dialect in Dialect)))
 
 
 def connection(settings: Settings) -> Connection:
@@ -67,14 +75,16 @@ def connection(settings: Settings) -> Connection:
     if (cert is None) != (key is None):
         given, missing = ("--cert", "--key") if cert else ("--key", "--cert")
         raise UsageError(f"{given} needs {missing}")
+    # etcdctl's form: the password behind the name. It must never be taken for a part of the name and be shown.
+    user, _, beside = (settings.optional("user") or "").partition(":")
     return Connection(
         endpoints=endpoints,
         timeout=settings.seconds("timeout"),
         cacert=settings.optional("cacert"),
         cert=cert,
         key=key,
-        user=settings.optional("user"),
-        password=_password(settings),
+        user=user or None,
+        password=_password(settings) or beside or None,
     )
 
 

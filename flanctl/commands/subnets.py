@@ -39,14 +39,19 @@ class Row:
 
     @property
     def runs(self) -> str | None:
-        """Hosts that run flanctl say so; a lease nobody announced is a flanneld's. Reservations run nothing."""
+        """Hosts that run flanctl say so; a lease nobody announced is a flanneld's. Reservations run nothing.
+
+        Of several leases with one public IP nobody can tell which the announcement speaks of.
+        """
+        if "duplicate-ip" in self.problems:
+            return "?"
         if self.announced is not None:
             return "flanctl"
         return None if self.lease.reservation else "flanneld"
 
     @property
     def host(self) -> str | None:
-        return self.announced.host if self.announced is not None else None
+        return self.announced.host if self.announced is not None and self.runs == "flanctl" else None
 
     @property
     def ttl(self) -> int | None:

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flanctl.errors import Invalid, NotFound, UsageError
+from flanctl.model.json_text import MAX_BYTES
 from flanctl.model.network_config import NetworkConfig
 
 if TYPE_CHECKING:
     from flanctl.model.dialect import Dialect
     from flanctl.registry.stores.store import Entry, Store
-
-MAX_BYTES = 1_000_000
-"""etcd refuses values above 1.5 MB; no config comes near."""
 
 
 @dataclass(frozen=True, slots=True)

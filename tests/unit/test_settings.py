@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flanctl.errors import UsageError
+from flanctl.errors import NotPermitted, UsageError
 from flanctl.settings import PASSWORD, TABLE, resolve
 
 NOTE = """\
@@ -66,6 +66,21 @@ def test_precedence_is_flag_then_variables_then_toml_then_sysconfig_then_default
             sysconfig=[sysconfig] if skip < 7 else (),
         )
         assert f"//{expected[skip]}:" in found.text("endpoints"), order[skip]
+
+
+def test_a_pattern_may_hold_a_comma():
+    found = settings(flags={"iface_regex": "^19{1,3}2\\.\n^eth[0-9]"}, env={"FLANCTL_IFACE": "eth0, eth1"})
+    assert found.items("iface_regex") == ("^19{1,3}2\\.", "^eth[0-9]")
+    assert found.items("iface") == ("eth0", "eth1")
+
+
+def test_a_file_that_may_not_be_read_is_an_error_and_never_passed_over(tmp_path):
+    """Else a command would ask, and write to, another registry than the operator configured."""
+    (tmp_path / "dir").mkdir()
+    with pytest.raises(NotPermitted, match="cannot read settings from"):
+        settings(toml=tmp_path / "dir")
+    with pytest.raises(NotPermitted, match="cannot read settings from"):
+        settings(sysconfig=[tmp_path / "dir"])
 
 
 def test_an_empty_variable_counts_as_unset():

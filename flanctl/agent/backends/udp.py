@@ -180,7 +180,7 @@ def _bind(address: IPv4Address, port: int) -> socket.socket:
             who = port_holders(port)
             raise Conflict(
                 f"{where} is in use" + (f" by {', '.join(who)}" if who else ""),
-                hint="stop the other agent first; a second network needs its own Backend Port",
+                hint="stop the other one first",
                 id="port-in-use",
             ) from None
         if error.errno in {errno.EACCES, errno.EPERM}:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Network
 
 _PATH_OF_ROOT = "/usr/local/sbin:/usr/sbin:/sbin"
-_SECONDS = 30.0
+_SECONDS, _LOCK_SECONDS = 3.0, 1
+"""For one program, and for the xtables lock: the daemon has one thread, and promises to stop within five seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class IptablesRules:
     def _restore(self, script: str) -> None:
         command = ["iptables-restore", "--noflush"]
         if self._wait:
-            done = self._run([*command, "--wait"], script)
+            done = self._run([*command, f"--wait={_LOCK_SECONDS}"], script)
             if done.returncode == 0:
                 return
             if "unrecognized option" not in done.stderr:

@@ -71,8 +71,11 @@ def open_tun(name: str, *, vnet_hdr: bool = False, persistent: bool = True, devi
 
 
 def keep_tun(fd: int) -> None:
-    """From now on the device outlives its last descriptor."""
-    fcntl.ioctl(fd, TUNSETPERSIST, 1)
+    """From now on the device outlives its last descriptor. Raises FlanctlError."""
+    try:
+        fcntl.ioctl(fd, TUNSETPERSIST, 1)
+    except OSError as error:
+        raise FlanctlError(f"cannot make the TUN persistent: {error.strerror}") from None
 
 
 def holders(name: str, *, proc: Path = Path("/proc")) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ Nothing heavy is imported before it is known to be needed: a command on a file l
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
-from flanctl.errors import FlanctlError, UsageError
+from flanctl.errors import FlanctlError, NotFound, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,18 +39,19 @@ class Connection:
     password: str | None = field(default=None, repr=False)
 
 
-def open_store(connection: Connection, *, prefer: Literal["gateway", "grpc"]) -> Store:
+def open_store(connection: Connection, *, prefer: Literal["gateway", "grpc"], create: bool = True) -> Store:
     """The store the endpoints name. For etcd no connection is made yet; a file is opened at once.
 
     `sqlite:PATH` alone is a file. Anything else is etcd v3: by its JSON gateway (quick to start, falls back to
     gRPC where the gateway is off) or by gRPC (for who stays; the gateway if the libraries are missing).
+    `create=False` is for who only asks: a file that is not there is NotFound then, and a slip of the pen makes none.
     Raises UsageError for endpoints that cannot mean anything, and what SqliteStore raises.
     """
     schemes = [endpoint.strip().partition(":")[0].lower() for endpoint in connection.endpoints]
     if "memory" in schemes:
         raise UsageError("endpoint memory: is for tests only", hint="sqlite:PATH needs no server either")
     if "sqlite" in schemes:
-        return _open_file(connection)
+        return _open_file(connection, create=create)
 
     from flanctl.registry.stores.endpoints import parse_endpoints
 
@@ -62,7 +64,7 @@ def open_store(connection: Connection, *, prefer: Literal["gateway", "grpc"]) ->
     return FallbackStore(_open_gateway(endpoints, connection), lambda: _open_grpc(endpoints, connection))
 
 
-def _open_file(connection: Connection) -> Store:
+def _open_file(connection: Connection, *, create: bool) -> Store:
     (first, *others) = (endpoint.strip() for endpoint in connection.endpoints)
     if others:
         raise UsageError(
@@ -75,6 +77,8 @@ def _open_file(connection: Connection) -> Store:
 
     from flanctl.registry.stores.sqlite import SqliteStore
 
+    if not create and not os.path.lexists(path) and os.path.isdir(os.path.dirname(path) or "."):
+        raise NotFound(f"there is no registry {path}", hint="flanctl net init makes it", id="no-registry")
     return SqliteStore(path, timeout=connection.timeout)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from flanctl.agent import state as state_file
 from flanctl.agent.backends.base import ApplyReport, BackendAttributes
-from flanctl.agent.daemon import PATH_FAILURES, Agent, LinkChanged, Options, PathFailed, Phase, lock
+from flanctl.agent.daemon import FAILURES, Agent, LinkChanged, Options, PathFailed, Phase, ShowCounters, lock
 from flanctl.agent.kernel.fake import FakeKernel
 from flanctl.agent.log import Log
 from flanctl.agent.notify import Notify
@@ -52,6 +52,7 @@ class FakeBackend:
         self._note = note
         self.applied: list[tuple[str, ...]] = []
         self.reports: list[ApplyReport] = []
+        self.failing: list[FlanctlError] = []
         self.totals: dict[str, int] = {}
         self.ends: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.pause = threading.Event()
@@ -71,6 +72,8 @@ class FakeBackend:
         self._note("apply")
         self.applied.append(tuple(str(peer.subnet) for peer in peers))
         assert self.pause.wait(10)
+        if self.failing:
+            raise self.failing.pop(0)
         return self.reports.pop(0) if self.reports else ApplyReport(len(peers))
 
     def counters(self) -> dict[str, int]:
@@ -92,6 +95,9 @@ class FakeRules:
     note: Callable[[str], None]
     asked: list[dict[str, bool]] = field(default_factory=list)
     answers: list[tuple[str, ...] | FlanctlError] = field(default_factory=list)
+
+    def check(self) -> None:
+        self.note("look at rules")
 
     def ensure(self, *, masq: bool, forward: bool) -> tuple[str, ...]:
         self.note("rules")
@@ -116,6 +122,9 @@ class FakeMachine:
     def rules(self, subnet: IPv4Network) -> FakeRules:
         return self._house.rules
 
+    def underlay_trouble(self) -> str | None:
+        return self._house.trouble
+
     def link_watch(self, changed):
         return self._house.monitor, self._house.monitor_stopped.set
 
@@ -129,6 +138,7 @@ class House:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = FakeClock()
+        self.trouble: str | None = None
         self.registry = MemoryStore(self.clock)
         self.subnet_file = folder / "run" / "subnet.env"
         self.agents = 0
@@ -312,7 +322,7 @@ def test_a_step_that_fails_is_the_error_and_the_next_start_takes_the_same_subnet
 
 def test_a_check_writes_nothing_anywhere_and_lets_go_of_everything(house, tmp_path):
     house.agent.check()
-    assert house.steps == ["check", "stop", "close"]
+    assert house.steps == ["check", "look at rules", "stop", "close"]
     assert set(house.store.calls) == {"get"}
     assert list(tmp_path.iterdir()) == []
 
@@ -590,6 +600,7 @@ def test_a_change_of_the_device_makes_an_apply_and_repairs_are_said(house):
     def script():
         house.ready()
         house.backend.reports.append(ApplyReport(0, ("mtu of flannel0 was 9, set to 1472",)))
+        house.clock.advance(1)
         house.agent._inbox.put(LinkChanged())
         house.said("repaired: mtu of flannel0 was 9, set to 1472")
 
@@ -621,24 +632,92 @@ def test_rules_that_cannot_be_written_are_said_once_and_packets_flow_anyway(hous
     assert house.log().count("the program iptables is not installed") == 1
 
 
-def test_a_data_plane_that_fails_is_built_again_and_given_up_after_five_times_in_a_row(house):
+def test_a_data_plane_that_fails_is_built_again_and_given_up_after_five_times_in_a_minute(house):
     def script():
         house.ready()
         house.backend.reports = [ApplyReport(0, ("started anew",))] * 9
-        for count in range(1, PATH_FAILURES + 1):
+        for count in range(1, FAILURES + 1):
             house.agent._inbox.put(PathFailed("EIO"))
-            house.said(f"ended by itself error=EIO times={count}")
+            until(lambda count=count: house.log().count("ended by itself error=EIO") >= count)
 
-    with pytest.raises(FlanctlError, match=f"failed {PATH_FAILURES} times in a row: EIO") as ended:
+    with pytest.raises(FlanctlError, match="the data plane ended by itself: EIO") as ended:
         house.live(script)
     assert ended.value.id == "data-path"
+
+
+def test_a_data_plane_that_fails_now_and_then_is_built_again_each_time(house):
+    """Seven failures in two minutes are no reason to end; five in one are."""
+
+    def script():
+        house.ready()
+        for count in range(1, FAILURES + 3):
+            house.agent._inbox.put(PathFailed("EIO"))
+            until(lambda count=count: house.log().count("ended by itself error=EIO") >= count)
+            house.clock.advance(20)
+
+    house.live(script)
+
+
+def test_one_look_at_the_kernel_that_fails_ends_nothing_and_five_in_a_minute_do(house):
+    trouble = FlanctlError("the kernel did not answer in 3 s", id="netlink")
+
+    def script():
+        house.ready()
+        for count in range(1, FAILURES + 1):
+            house.backend.failing.append(trouble)
+            house.clock.advance(1)
+            house.agent._inbox.put(LinkChanged())
+            until(
+                lambda count=count: house.log().count("could not look at the kernel, trying again") >= count
+            )
+
+    with pytest.raises(FlanctlError, match="did not answer"):
+        house.live(script)
+
+
+def test_a_device_that_is_somebody_elses_now_ends_it_at_once(house):
+    def script():
+        house.ready()
+        house.backend.failing.append(FlanctlError("flannel0 is not ours", id="device-foreign"))
+        house.clock.advance(1)
+        house.agent._inbox.put(LinkChanged())
+        until(lambda: house.agent.phase.value == "stopped")
+
+    with pytest.raises(FlanctlError, match="not ours"):
+        house.live(script)
+
+
+def test_a_storm_of_link_events_is_one_look_in_half_a_second(house):
+    def script():
+        house.ready()
+        looks = len(house.backend.applied)
+        house.clock.advance(1)
+        for _ in range(200):
+            house.agent._inbox.put(LinkChanged())
+        until(lambda: len(house.backend.applied) > looks)
+        house.agent._inbox.put(ShowCounters())
+        house.said("counters")
+        assert len(house.backend.applied) <= looks + 2
+
+    house.live(script)
+
+
+def test_the_underlays_lost_address_is_said(house):
+    def script():
+        house.ready()
+        house.trouble = "the address 192.168.66.11 is gone from eth0; restart the agent to use another"
+        house.clock.advance(6)
+        house.agent._inbox.put(LinkChanged())
+        house.said("the address 192.168.66.11 is gone from eth0")
+
+    house.live(script)
 
 
 def test_a_data_plane_that_ends_is_noticed_without_a_question(house):
     def script():
         house.ready()
         house.backend.ends.put("the worker panicked")
-        house.said('ended by itself error="the worker panicked" times=1')
+        house.said('ended by itself error="the worker panicked"')
         until(lambda: len(house.backend.applied) == 2)
 
     house.live(script)

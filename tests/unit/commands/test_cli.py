@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -141,18 +142,37 @@ def test_a_closed_pipe_ends_quietly():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_full_disk_on_stdout_is_an_error():
+@pytest.mark.parametrize("words", [["version"], ["--help"], ["net", "--help"], ["nosuch"]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_full_disk_on_stdout_is_an_error(words, buffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "flanctl", "version"],
+            [sys.executable, "-m", "flanctl", *words],
+            env={**os.environ, "PYTHONUNBUFFERED": buffered},
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
-    assert done.returncode == 1
-    assert "No space left on device" in done.stderr
+    assert done.returncode == (2 if words == ["nosuch"] else 1)
+    assert ("No space left on device" in done.stderr) == (words != ["nosuch"])
     assert "Traceback" not in done.stderr
+    assert "report" not in done.stderr
+
+
+def test_a_closed_stderr_does_not_decide_what_is_written(tmp_path):
+    """A warning that nobody reads must not turn into an exit code, nor keep the config from being written."""
+    registry = f"sqlite:{tmp_path / 'r.db'}"
+    for number, closing in enumerate(("2>&1 >/dev/null | true", "2>&-", "2>/dev/full")):
+        words = f"{sys.executable} -m flanctl net init - --endpoints {registry} --prefix /p{number}"
+        script = (
+            f'echo \'{{"Network":"172.31.0.0/16","Foo":1}}\' | {words} {closing}; exit ${{PIPESTATUS[1]}}'
+        )
+        done = subprocess.run(
+            ["bash", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+        )
+        assert done.returncode == 0, closing
+        assert "172.31.0.0" in flanctl("net", "get", "--endpoints", registry, "--prefix", f"/p{number}").out
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])

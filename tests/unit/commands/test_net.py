@@ -96,6 +96,7 @@ def test_a_change_that_orphans_live_leases_says_which(registry, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(registry):
+    init(registry, "--network", "10.9.0.0/16", "--prefix", "/other")
     answer = init(registry, "--network", "10.5.0.0/16", "--dry-run")
     assert (answer.code, "would write" in answer.err) == (0, True)
     missing = flanctl("net", "get", env=registry)
@@ -150,7 +151,16 @@ def test_a_bad_config_is_refused_with_its_place_and_changes_nothing(registry, tm
         assert says in answer.err, answer.err
         assert str(file) in answer.err
         assert len(answer.err) < 2000
-    assert flanctl("net", "get", env=registry).code == 4
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_who_only_asks_makes_no_registry(registry, tmp_path):
+    """A slip of the pen in a path is an error, not a new empty registry."""
+    for words in (["net", "get"], ["net", "validate"], ["subnets", "ls"], ["subnets", "get", "10.0.0.1"]):
+        answer = flanctl(*words, env=registry)
+        assert (answer.code, "there is no registry" in answer.err) == (4, True), answer
+    assert init(registry, "--network", "10.0.0.0/16", "--dry-run").code == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -197,6 +207,7 @@ def test_unknown_keys_are_warned_of_and_kept(registry):
 
 
 def test_a_network_that_covers_this_hosts_own_address_is_warned_of(registry):
+    init(registry, "--network", "10.9.0.0/16", "--prefix", "/other")
     answer = init(registry, "--network", "0.0.0.0/1", "--dry-run")
     own = {line for line in answer.err.splitlines() if "covers this host's own address" in line}
     from flanctl.agent.kernel.addresses import local_addresses

@@ -132,7 +132,7 @@ def test_one_look_per_table_and_one_restore_for_all() -> None:
         ["iptables", "-j", "MASQUERADE", "-h"],
         ["iptables-save", "-t", "nat"],
         ["iptables-save", "-t", "filter"],
-        ["iptables-restore", "--noflush", "--wait"],
+        ["iptables-restore", "--noflush", "--wait=1"],
     ]
     script = host.asked[-1][1] or ""
     assert script.split("\n")[0] == "*nat"
@@ -156,7 +156,7 @@ def test_an_iptables_without_wait_is_used_without() -> None:
             self, command: Sequence[str], stdin: str | None = None
         ) -> subprocess.CompletedProcess[str]:
             self.answers = {"iptables_restore": (2, "", "iptables-restore: unrecognized option '--wait'")}
-            if "--wait" not in command:
+            if "--wait=1" not in command:
                 self.answers = {}
             return super().__call__(command, stdin)
 
@@ -165,7 +165,7 @@ def test_an_iptables_without_wait_is_used_without() -> None:
     rules.ensure(masq=True, forward=False)
     rules.ensure(masq=True, forward=False)
     restores = [command for command, _ in host.asked if command[0] == "iptables-restore"]
-    assert [("--wait" in command) for command in restores] == [True, False, False]
+    assert [("--wait=1" in command) for command in restores] == [True, False, False]
 
 
 def test_the_programs_words_are_kept() -> None:
