@@ -1,6 +1,6 @@
 """The deployment note's case on real parts: etcd, an agent per host, dockerd started as docker-opts says, busybox.
 
-                    etcd 3.4: one member          or          etcd 3.7: three members
+                          etcd 3.4 or 3.7, one member or three
                     └──────────── in the switch's namespace, 192.168.66.1 ───────────┘
 h1 ─ eth0 192.168.66.11 ─┐                                ┌─ eth0 192.168.66.12 ─ h2
 │    flannel0 A.0/32     │      under0 192.168.66.1       │     flannel0 B.0/32  │
@@ -8,7 +8,7 @@ h1 ─ eth0 192.168.66.11 ─┐                                ┌─ eth0 192.
    dockerd ─ busybox A.2                                           dockerd ─ busybox B.2
                                                              A, B: subnets of 172.17.0.0/16
 
-With etcd 3.4 docker masquerades (the default; flannel0's address is what the other side sees), with 3.7 the agent
+With one member docker masquerades (the default; flannel0's address is what the other side sees), with three the agent
 does (--ip-masq) and containers see each other's own addresses.
 """
 
@@ -36,6 +36,8 @@ from tests.support.dockerd import DockerContainer, Dockerd
 from tests.support.etcd import Cluster
 
 if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
     from collections.abc import Iterator
     from pathlib import Path
     from typing import Literal
@@ -149,22 +151,26 @@ def _assert_listed(topology: Topology) -> None:
     assert not rows
 
 
-@pytest.mark.needs("etcd34")
-@pytest.mark.parametrize("topology", [("3.4", 1, ())], indirect=True, ids=["etcd 3.4, one member"])
-def test_containers_reach_each_other_with_etcd_34(topology: Topology) -> None:
+def _versions(members: int, *options: str) -> list[ParameterSet]:
+    """Both etcds, each with what it needs."""
+    return [
+        pytest.param((version, members, options), id=f"etcd {version}", marks=pytest.mark.needs(capability))
+        for version, capability in (("3.4", "etcd34"), ("3.7", "etcd37"))
+    ]
+
+
+@pytest.mark.parametrize("topology", _versions(1), indirect=True)
+def test_containers_reach_each_other_with_one_member_of_etcd(topology: Topology) -> None:
     """Everything of the deployment note, docker masquerading."""
     _assert_reachable(topology)
     _assert_listed(topology)
 
 
-@pytest.mark.needs("etcd37")
-@pytest.mark.parametrize(
-    "topology", [("3.7", 3, ("--ip-masq",))], indirect=True, ids=["etcd 3.7, three members"]
-)
+@pytest.mark.parametrize("topology", _versions(3, "--ip-masq"), indirect=True)
 def test_containers_reach_each_other_while_the_etcd_leader_is_killed(
     topology: Topology, tmp_path: Path
 ) -> None:
-    """With three members of etcd 3.7: no packet is lost when the leader goes; a host joins without it, and all hear of it."""
+    """With three members: no packet is lost when the leader goes; a host joins without it, and all hear of it."""
     a, b = topology.containers
     _assert_reachable(topology)
     _assert_listed(topology)
