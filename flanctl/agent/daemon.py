@@ -377,7 +377,9 @@ class Agent:
         """Tell what we wait for, now and then, and wait a little."""
         key = config_key(self._options.prefix)
         if count := self._repeated.worth_saying(error.id):
-            self._log.warn(f"waiting: {error.message}", tries=count, **_hint(error))
+            self._log.warn(
+                "; ".join([f"waiting: {error.message}", *error.details]), tries=count, **_hint(error)
+            )
         self._notify.waiting(f"waiting for {key}: {error.message}", seconds=RETRY_SECONDS + 60)
         with self._waiting():
             self._clock.wait(threading.Event(), RETRY_SECONDS)

@@ -36,11 +36,11 @@ from tests.support.dockerd import DockerContainer, Dockerd
 from tests.support.etcd import Cluster
 
 if TYPE_CHECKING:
-    from _pytest.mark.structures import ParameterSet
-
     from collections.abc import Iterator
     from pathlib import Path
     from typing import Literal
+
+    from _pytest.mark.structures import ParameterSet
 
     Version = Literal["3.4", "3.7"]
 
