@@ -22,7 +22,6 @@ from flanctl.registry.stores import etcd_gateway
 from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore, GatewayOff
 from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
-from tests.support.deadline import until
 from tests.support.etcd import Cluster
 from tests.unit.registry.stores.pki import make_pki, needs_openssl, server_context
 from tests.unit.registry.stores.scripted import Request, Scripted, closed_port, etcd, ok
