@@ -579,19 +579,24 @@ def test_any_json_is_an_answer_or_our_error(message: Any) -> None:
             return chunked(said) + b"0\r\n\r\n"
         return etcd(said)
 
-    with (
-        pytest.MonkeyPatch.context() as quickly,
-        Scripted(answer) as server,
-        opened(local(server), timeout=0.05) as store,
-    ):
-        # A watch that hears nothing tells so after each probe; that is the end of the wait here.
-        quickly.setattr(etcd_gateway, "_PROBE_EVERY", 0.02)
+    def watched() -> None:
+        """A watch that is accepted, tells nothing and ends is opened again for ever: closing ends it."""
+        with store.watch("/", after=1) as watch:
+            closing = threading.Timer(0.1, watch.close)
+            closing.start()
+            try:
+                list(itertools.islice(watch, 2))
+            finally:
+                closing.cancel()
+                closing.join()
+
+    with Scripted(answer) as server, opened(local(server), timeout=0.05) as store:
         deeds: list[Callable[[], object]] = [
             lambda: store.get("/a"),
             lambda: store.create("/a", b"", ttl=None),
             lambda: store.delete("/a", expected=3),
             lambda: store.refresh(Entry("/a", b"", 1, "5"), ttl=9),
-            lambda: list(itertools.islice(store.watch("/", after=1), 2)),
+            watched,
         ]
         for deed in deeds:
             with contextlib.suppress(FlanctlError):
