@@ -307,7 +307,7 @@ def test_a_second_agent_in_the_same_directories_is_refused_by_pid(place: Place) 
 def test_a_second_agent_with_directories_of_its_own_is_refused_by_pid(place: Place) -> None:
     agent = place.start().wait()
     refused(place, 5, "flannel0 is held by ", f"pid {agent.pid}", folder="second")
-    refused(place, 5, "flannel0 is held by ", f"pid {agent.pid}", options=("--check",))
+    refused(place, 5, "another flanctl agent runs on this host", f"pid {agent.pid}", options=("--check",))
     assert agent.terminate() == 0
 
 

@@ -125,16 +125,17 @@ class UdpBackend:
         repaired: list[str] = []
         if self._plane is None or self._device is None:
             raise RuntimeError("apply follows start")
-        if (why := self._plane.failure()) is not None:
-            self._plane.stop(1.0)
-            self._open()
-            repaired.append(f"data plane had ended ({why}), started anew")
+        why = self._plane.failure()
         link = self._kernel.link(DEVICE)
         if link is None or link.index != self._index:
             # Deleted under us: its descriptor died with it. If somebody made another in its place, opening refuses.
+            why = f"{DEVICE} was gone, made anew"
+        elif why is not None:
+            why = f"data plane had ended ({why}), started anew"
+        if why is not None:
             self._plane.stop(1.0)
             self._open()
-            repaired.append(f"{DEVICE} was gone, made anew")
+            repaired.append(why)
         try:
             repaired += ensure_device(self._kernel, self._device)
             link = self._kernel.link(DEVICE)
