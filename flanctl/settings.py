@@ -184,6 +184,13 @@ AGENT = (
         flanneld="iptables-resync",
     ),
     Setting(
+        "lease_ttl",
+        "How long the registry keeps our lease without a word from us; renewed at a third of it.",
+        kind="seconds",
+        default="24h",
+        metavar="DURATION",
+    ),
+    Setting(
         "subnet_lease_renew_margin",
         "Renew at the latest this many minutes before the lease ends.",
         kind="number",
@@ -258,8 +265,8 @@ class Settings:
             raise self._bad(name, f"from {lowest} to {highest}")
         return number
 
-    def seconds(self, name: str) -> float:
-        """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`."""
+    def seconds(self, name: str, *, lowest: float = 0.0) -> float:
+        """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`; `lowest` seconds at least."""
         text = self.text(name).strip().lower()
         for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
             if text.endswith(suffix):
@@ -268,6 +275,8 @@ class Settings:
                 except ValueError:
                     break
                 if 0 < amount < 366 * 86400:
+                    if amount < lowest:
+                        raise self._bad(name, f"at least {lowest:g}s")
                     return amount
                 break
         raise self._bad(name, "a duration such as 5s, 500ms or 2m")

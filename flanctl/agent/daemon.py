@@ -15,10 +15,12 @@ import enum
 import fcntl
 import os
 import queue
+import secrets
 import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
@@ -37,10 +39,11 @@ from flanctl.errors import (
 )
 from flanctl.files import make_directory, sweep, write_atomically
 from flanctl.model.lease import LeaseAttributes
-from flanctl.model.peers import peers_of
+from flanctl.model.network_config import NetworkConfig
+from flanctl.model.peers import Problem, peers_of
 from flanctl.model.subnet_file import SubnetFile
-from flanctl.registry.announcements import Announcement, announce
-from flanctl.registry.config import config_key, read_config
+from flanctl.registry.announcements import AnnounceFailed, Announcement, Announcer, CloneSeen
+from flanctl.registry.config import config_key, no_config, read_config
 from flanctl.registry.leases import (
     LEASE_TTL,
     Keeper,
@@ -51,11 +54,12 @@ from flanctl.registry.leases import (
     RegistryBack,
     RegistryTrouble,
 )
-from flanctl.registry.peers import Follower, PeersChanged
+from flanctl.registry.peers import ConfigSeen, Follower, FollowerReport, PeersChanged, RegistryDoubted
+from flanctl.registry.stores.store import Put
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from ipaddress import IPv4Network
     from pathlib import Path
     from types import FrameType
 
@@ -66,10 +70,9 @@ if TYPE_CHECKING:
     from flanctl.agent.notify import Notify
     from flanctl.clock import Clock
     from flanctl.model.dialect import Dialect
-    from flanctl.model.network_config import NetworkConfig
     from flanctl.model.peers import Peer
-    from flanctl.registry.leases import Acquired
-    from flanctl.registry.stores.store import Store
+    from flanctl.registry.leases import Acquired, UnreadableLease
+    from flanctl.registry.stores.store import Delete, Entry, Store
 
 STOP_SECONDS = 2.5
 """For all workers together; with the backend's 2 s the agent keeps its promise of 5 s."""
@@ -83,7 +86,8 @@ FATAL = frozenset({"device-foreign", "device-busy"})
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
 MANY_CHANGES = 10
-"""More peers than this coming and going at once make one log line."""
+"""More peers than this coming and going at once make one log line, more problems one more."""
+_NOWHERE = IPv4Network("0.0.0.0/32")
 
 
 class Phase(enum.Enum):
@@ -109,6 +113,8 @@ class Options:
     resync_seconds: float
     renew_margin: float
     """Seconds before the end of the lease at which it is renewed at the latest."""
+    lease_ttl: float = LEASE_TTL
+    """Seconds the registry keeps our lease without a word from us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,17 @@ class LinkChanged:
     """Our device or the underlay changed: compare with what is wanted."""
 
 
-Message = Stop | PathFailed | ShowCounters | LinkChanged | WorkerFailed | PeersChanged | KeeperReport
+Message = (
+    Stop
+    | PathFailed
+    | ShowCounters
+    | LinkChanged
+    | WorkerFailed
+    | FollowerReport
+    | KeeperReport
+    | CloneSeen
+    | AnnounceFailed
+)
 
 
 class StopRequested(Exception):
@@ -173,8 +189,16 @@ class Agent:
         self._interruptible = False
         self._stop_reason: str | None = None
         self._peers: tuple[Peer, ...] | None = None
+        self._words: Announcement
         self._keeper: Keeper
         self._follower: Follower
+        self._problems: dict[str, tuple[Problem, ...]] = {}
+        self.problems: tuple[Problem, ...] = ()
+        """What is wrong in the registry as this host sees it, by id and subnet; replaced whole, read from any thread.
+
+        Ids: duplicate-ip, overlap, outside-network, other-backend, bad-public-ip (model/peers.py), bad-key, bad-value,
+        clone, config-changed, config-invalid, no-config, registry-doubted, bad-state.
+        """
         self._drops: dict[str, int] = {}
         self._failures: dict[str, list[float]] = {}
         self._looked = 0.0
@@ -272,16 +296,15 @@ class Agent:
                 )
 
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
-        remembered = self._remember()
+        found = self._remember()
+        remembered = found or State.new()
         held = self._acquire(config, machine, remembered)
         self.phase = Phase.LEASED
         subnet = held.lease.subnet
-        state_file.save(
-            self._options.state_dir, replace(remembered, prefix=self._options.prefix, subnet=subnet)
-        )
+        self._save(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
-        self._start_workers(held, machine, remembered)
+        self._start_workers(held, machine, remembered, first=found is None)
         self._serve(config, machine, held, rules)
 
     def _serve(self, config: NetworkConfig, machine: Machine, held: Acquired, rules: IptablesRules) -> None:
@@ -322,6 +345,8 @@ class Agent:
                 self._log.info("counters", **{name: n for name, n in machine.backend.counters().items() if n})
             case PeersChanged():
                 return self._learn(config, machine, held)
+            case ConfigSeen(entry):
+                self._note("config", self._compare(config, held, entry))
             case LinkChanged():
                 self._link_changed = True
             case PathFailed(why):
@@ -364,7 +389,9 @@ class Agent:
         while True:
             try:
                 with self._waiting():
-                    held = self._leases.acquire(config, attributes, previous=previous)
+                    held = self._leases.acquire(
+                        config, attributes, previous=previous, ttl=self._options.lease_ttl
+                    )
             except RegistryUnreachable as error:
                 self._wait_on(error)
                 continue
@@ -384,14 +411,25 @@ class Agent:
         with self._waiting():
             self._clock.wait(threading.Event(), RETRY_SECONDS)
 
-    def _remember(self) -> State:
-        """Our state file; a new one where there is none, and after one that cannot be read (said)."""
+    def _remember(self) -> State | None:
+        """Our state file; None where there is none, or one that cannot be read (said): it is made anew then, from
+        subnet.env and what the registry has in our name.
+        """
         try:
-            found = state_file.load(self._options.state_dir)
-        except Invalid as error:
+            return state_file.load(self._options.state_dir)
+        except FlanctlError as error:
             self._log.warn(f"{error.message}; starting a new one", id="bad-state")
-            found = None
-        return found or State.new()
+            return None
+
+    def _save(self, state: State) -> None:
+        """Remember our subnet. A full or broken disk must not keep packets from flowing: subnet.env and the registry
+        remember it too.
+        """
+        try:
+            state_file.save(self._options.state_dir, state)
+        except FlanctlError as error:
+            words = f"our subnet is not remembered over a reboot: {error.message}"
+            self._note("state", (Problem("bad-state", None, words),))
 
     def _previous(self, remembered: State) -> list[IPv4Network]:
         """Subnets we had, the surest memory first. /run is empty after a reboot, a state directory is not."""
@@ -406,36 +444,52 @@ class Agent:
             self._log.warn(f"{self._options.subnet_file} is not used: {error.message}")
         return previous
 
-    def _start_workers(self, held: Acquired, machine: Machine, remembered: State) -> None:
+    def _start_workers(self, held: Acquired, machine: Machine, remembered: State, *, first: bool) -> None:
+        public_ip = machine.underlay.public_ip
         words = Announcement(
             host=os.uname().nodename,
             version=__version__,
             data_path=machine.backend.data_path,
             instance=remembered.instance,
+            run=secrets.token_hex(8),
         )
-        public_ip = machine.underlay.public_ip
+        self._words = words
+        announcer = Announcer(
+            self._store,
+            self._options.prefix,
+            public_ip,
+            words,
+            self._inbox.put,
+            ttl=self._options.lease_ttl,
+            clock=self._clock,
+            first=first,
+        )
+        keeper = Keeper(
+            self._leases,
+            held,
+            self._inbox.put,
+            margin=self._options.renew_margin,
+            ttl=self._options.lease_ttl,
+        )
 
-        def tell_others() -> None:
-            """Beside the lease and as long-lived; a network without it works just the same."""
-            try:
-                announce(self._store, self._options.prefix, public_ip, words, ttl=LEASE_TTL)
-            except FlanctlError as error:
-                self._log.warn(f"cannot announce this host: {error.message}")
-
-        def heard(report: KeeperReport) -> None:
-            if isinstance(report, LeaseRenewed | LeaseRestored):
-                tell_others()
-            self._inbox.put(report)
-
-        keeper = Keeper(self._leases, held, heard, margin=self._options.renew_margin)
-        self._keeper = keeper
-        self._follower = Follower(self._leases, self._inbox.put)
+        def beside_leases(event: Put | Delete) -> None:
+            if isinstance(event, Put) and event.entry.key == announcer.key:
+                announcer.saw(event.entry.value)
 
         def keep() -> None:
-            tell_others()
-            keeper.run()
+            try:
+                keeper.run()
+            except LeaseLost:
+                try:
+                    announcer.withdraw()
+                except FlanctlError:
+                    pass  # it ends with its time; what matters is that we end now
+                raise
 
+        self._keeper = keeper
+        self._follower = Follower(self._leases, self._inbox.put, own=held.entry.key, also=beside_leases)
         self._crew.start("lease keeper", keep, keeper.stop)
+        self._crew.start("announcer", announcer.run, announcer.stop)
         self._crew.start("peer watch", self._follower.run, self._follower.stop)
         self._crew.start("data plane watch", *self._path_watch(machine.backend))
         self._crew.start("link monitor", *machine.link_watch(lambda: self._inbox.put(LinkChanged())))
@@ -456,7 +510,11 @@ class Agent:
     def _learn(self, config: NetworkConfig, machine: Machine, held: Acquired) -> bool:
         """A new complete picture of all leases: who is new, who left, what is wrong with ours."""
         table, own, own_ip = self._follower.table(), held.lease.subnet, machine.underlay.public_ip
-        if not any(lease.subnet == own and lease.attributes.public_ip == own_ip for lease in table.leases):
+        kept = {lease.key for lease in table.kept}
+        if not any(
+            lease.subnet == own and lease.attributes.public_ip == own_ip and lease.key not in kept
+            for lease in table.leases
+        ):
             # Gone, or somebody else's: the keeper writes it again or finds that it is lost.
             self._keeper.wake()
         peers, problems = peers_of(
@@ -466,17 +524,65 @@ class Agent:
             config=config,
             backend_type=config.backend_type,
         )
-        for bad in table.unreadable:
-            if self._repeated.worth_saying(f"unreadable {bad.key}") == 1:
-                self._log.warn(f"skipped unreadable key: {bad.message}", key=bad.key, id=bad.problem)
-        for problem in problems:
-            if self._repeated.worth_saying(f"{problem.id} {problem.subnet}") == 1:
-                self._log.warn(problem.message, id=problem.id)
-        if self._peers is not None:
+        self._note("keys", tuple(map(_unreadable, table.unreadable)))
+        self._note("leases", problems)
+        if self._peers is not None and peers != self._peers:
             self._tell_changes(self._peers, peers, table.revision)
         changed = peers != self._peers
         self._peers = peers
         return changed
+
+    def _compare(self, config: NetworkConfig, held: Acquired, entry: Entry | None) -> tuple[Problem, ...]:
+        """How the config in the registry differs from the one we run with, which counts until the next start."""
+        stay = "this agent goes on with the one it started with"
+        if entry is None:
+            return (
+                Problem("no-config", None, f"{no_config(self._options.prefix).message} any more; {stay}"),
+            )
+        try:
+            now = NetworkConfig.parse(entry.value, self._dialect, name=entry.key, strict=False)
+        except Invalid as error:
+            words = f"{error.message} (revision {entry.revision}); {stay}"
+            return (Problem("config-invalid", None, words),)
+        if now == config:
+            return ()
+        before, after = config.effective(), now.effective()
+        changes = [
+            f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]
+        ]
+        words = f"{entry.key} was changed at revision {entry.revision}: {', '.join(changes)}; {stay}"
+        if not now.accepts(held.lease.subnet):
+            words += f", and our subnet {held.lease.subnet} has no place in the new one"
+        return (Problem("config-changed", None, words),)
+
+    def _note(self, source: str, found: tuple[Problem, ...]) -> None:
+        """What is wrong by one source's word. Said when it comes and when it goes, and counted, not repeated."""
+        before = self._problems.get(source, ())
+        if found == before:
+            return
+        self._problems[source] = found
+        self.problems = tuple(
+            sorted(
+                (problem for some in self._problems.values() for problem in some),
+                key=lambda problem: (problem.id, problem.subnet or _NOWHERE, problem.message),
+            )
+        )
+        known = {(problem.id, problem.message) for problem in before}
+        there = {(problem.id, problem.message) for problem in found}
+        new = [problem for problem in found if (problem.id, problem.message) not in known]
+        over = [problem for problem in before if (problem.id, problem.message) not in there]
+        for problem in new[:MANY_CHANGES]:
+            self._log.warn(problem.message, id=problem.id)
+        if len(new) > MANY_CHANGES:
+            self._log.warn(
+                f"{len(new) - MANY_CHANGES} more of the kind", id=new[-1].id, in_all=len(self.problems)
+            )
+        for problem in over[:MANY_CHANGES]:
+            self._log.info(f"over: {problem.message}", id=problem.id)
+        if len(over) > MANY_CHANGES:
+            self._log.info(
+                f"over: {len(over) - MANY_CHANGES} more", id=over[-1].id, in_all=len(self.problems)
+            )
 
     def _tell_changes(self, before: tuple[Peer, ...], after: tuple[Peer, ...], revision: int) -> None:
         """A line for each change, or one for all when there are many."""
@@ -577,11 +683,40 @@ class Agent:
                 if count := self._repeated.worth_saying("registry"):
                     known = {} if left is None else {"lease_left": _hours(left)}
                     self._log.warn(f"registry: {error.message}; packets go on flowing", tries=count, **known)
+                if left == 0 and (count := self._repeated.worth_saying("lease ended")):
+                    self._log.warn(
+                        "our lease has ended, as far as we know: packets go on flowing until the registry says whose "
+                        "the subnet is",
+                        tries=count,
+                        id="lease-missing",
+                    )
             case RegistryBack(after, tries):
                 self._repeated.over("registry")
+                self._repeated.over("lease ended")
+                self._keeper.retry()
                 self._log.info("registry answers again", after=f"{after:.1f}s", tries=tries)
+            case RegistryDoubted(why, missing):
+                words = (
+                    f"{missing} leases are missing from the registry, and {why}: their routes stay for now"
+                )
+                self._note("doubt", () if why is None else (Problem("registry-doubted", None, words),))
+            case CloneSeen(other):
+                self._note("clone", () if other is None else (self._clone(other),))
+            case AnnounceFailed(error):
+                if count := self._repeated.worth_saying("announce"):
+                    self._log.warn(f"cannot announce this host: {error.message}", tries=count)
             case _:
                 pass
+
+    def _clone(self, other: Announcement) -> Problem:
+        ours = self._words
+        return Problem(
+            "clone",
+            None,
+            f"another machine announces our address: host {_short(other.host)} (instance {_short(other.instance, 8)}, "
+            f"flanctl {_short(other.version, 20)}) beside this one, {_short(ours.host)} (instance "
+            f"{_short(ours.instance, 8)}); both use one lease",
+        )
 
     def _tell_drops(self, machine: Machine) -> None:
         """Refused packets, summed since the last line, so that a flood makes one line and not a million."""
@@ -675,6 +810,16 @@ def _take_lock(handle: int, path: Path) -> None:
             hint="stop it first",
             id="already-running",
         ) from None
+
+
+def _unreadable(bad: UnreadableLease) -> Problem:
+    """The key's own words in it are cut: it may be a megabyte of hostility."""
+    words = f"skipped unreadable key {_short(bad.key, 200)}: {_short(bad.message, 200)}"
+    return Problem(bad.problem, bad.subnet, words)
+
+
+def _short(text: str, most: int = 64) -> str:
+    return printable(text if len(text) <= most else text[:most] + "…")
 
 
 def _hours(seconds: float | None) -> str:

@@ -10,6 +10,9 @@ import click
 from flanctl.commands.options import agent_options, output_options, registry_options, settings
 from flanctl.errors import UsageError
 
+SHORTEST_TTL = 10.0
+"""Seconds: a request may take 5, and a lease that cannot be renewed in time is worse than a long one."""
+
 if TYPE_CHECKING:
     from flanctl.agent.daemon import Options
     from flanctl.settings import Settings
@@ -95,4 +98,5 @@ def _options(chosen: Settings, prefix: str) -> Options:
         resync_seconds=chosen.seconds("iptables_resync"),
         # flanneld 0.28 takes 1 to 1439 minutes of its fixed 24 h.
         renew_margin=chosen.number("subnet_lease_renew_margin", 1, 1439) * 60.0,
+        lease_ttl=chosen.seconds("lease_ttl", lowest=SHORTEST_TTL),
     )

@@ -378,7 +378,9 @@ class Keeper:
                 since = since if self._tries else now
                 self._tries += 1
                 ends = self.held.ends
-                self._report(RegistryTrouble(error, now - since, None if ends is None else max(0.0, ends - now)))
+                self._report(
+                    RegistryTrouble(error, now - since, None if ends is None else max(0.0, ends - now))
+                )
                 last = min(LAST_RETRY, max(FIRST_RETRY, self._ttl / 12))
                 delay = min(last, FIRST_RETRY * 2 ** min(self._tries - 1, 10)) * random.uniform(0.8, 1.2)  # noqa: S311
                 continue

@@ -234,7 +234,10 @@ class Explorer:
                 if world.budget[TICKS]:
                     yield f"agent {at}: {_words(op.request)} is carried out", self._await(served, at, answer)
                 else:  # whether it hears now or later makes no difference
-                    yield f"agent {at}: {_words(op.request)} is carried out and heard", self._hear(served, at, answer)
+                    yield (
+                        f"agent {at}: {_words(op.request)} is carried out and heard",
+                        self._hear(served, at, answer),
+                    )
                 if world.budget[LOSE] and op.request[0] in {"create", "replace", "refresh"}:
                     lost = self._hear(_pay(served, LOSE), at, ("away",))
                     yield f"agent {at}: {_words(op.request)} is carried out, the answer is lost", lost
@@ -250,7 +253,10 @@ class Explorer:
                 yield f"agent {at} crashes", _pay(_with(world, at, AgentState(agent.memory)), CRASH)
         for number, (at, request) in enumerate(world.flight):
             landed = world._replace(flight=world.flight[:number] + world.flight[number + 1 :])
-            yield f"the delayed {_words(request)} of agent {at} lands", self._carry_out(landed, at, request)[0]
+            yield (
+                f"the delayed {_words(request)} of agent {at} lands",
+                self._carry_out(landed, at, request)[0],
+            )
         if world.budget[DELETE]:
             for key, _ in world.keys:
                 yield f"an operator deletes {key}", _delete(_pay(world, DELETE), key)
@@ -302,7 +308,10 @@ class Explorer:
                 outcome = "has", leases.renew(agent.held, ttl=TTL)
             else:
                 previous = [agent.memory] if agent.memory else []
-                outcome = "has", leases.acquire(self._config, LeaseAttributes(HOSTS[at]), previous=previous, ttl=TTL)
+                outcome = (
+                    "has",
+                    leases.acquire(self._config, LeaseAttributes(HOSTS[at]), previous=previous, ttl=TTL),
+                )
         except _Pause as pause:
             outcome = "wants", pause.request
         except RegistryUnreachable:
@@ -328,7 +337,9 @@ class Explorer:
             if kind != "has":
                 raise _Wrong(f"a renewal of agent {at} ends with {kind}")
             if result.lease.subnet != agent.held.lease.subnet:
-                raise _Wrong(f"agent {at} renewed {agent.held.lease.subnet} and has {result.lease.subnet} now")
+                raise _Wrong(
+                    f"agent {at} renewed {agent.held.lease.subnet} and has {result.lease.subnet} now"
+                )
         else:
             if kind == "pool-full":
                 return AgentState(agent.memory)
@@ -445,7 +456,7 @@ def _delete(world: World, key: str) -> World:
 
 
 def _with(world: World, at: int, agent: AgentState) -> World:
-    return world._replace(agents=world.agents[:at] + (agent,) + world.agents[at + 1 :])
+    return world._replace(agents=(*world.agents[:at], agent, *world.agents[at + 1 :]))
 
 
 def _pay(world: World, what: int) -> World:

@@ -77,25 +77,31 @@ MUTANTS = {
     ),
     "a lost lease is exchanged for another subnet (flannel 0.7: row 1)": (
         "            except Changed as changed:\n                current = changed.current\n",
-        "            except Changed as changed:\n                current = changed.current\n"
-        "                held = replace(held, entry=replace(held.entry, key=self.folder + '10.0.0.4-30'))\n"
-        "                current = self.store.get(held.entry.key)\n",
+        (
+            "            except Changed as changed:\n                current = changed.current\n"
+            "                held = replace(held, entry=replace(held.entry, key=self.folder + '10.0.0.4-30'))\n"
+            "                current = self.store.get(held.entry.key)\n"
+        ),
         "",
     ),
     "a key that vanished is believed to be there": (
         "                if current is None:\n                    again",
-        "                if current is None:\n                    return replace(held, ends=began + ttl)\n"
-        "                if current is None:\n                    again",
+        (
+            "                if current is None:\n                    return replace(held, ends=began + ttl)\n"
+            "                if current is None:\n                    again"
+        ),
         "two holders",
     ),
     "a lost race counts as won": (
         "            except (KeyExists, Changed):\n                continue  # somebody was faster: look again\n",
-        "            except (KeyExists, Changed):\n"
-        "                there = entries[lease.key] if fitting else self.store.get(self.key(subnet))\n"
-        "                if there is None:\n"
-        "                    continue\n"
-        "                value = attributes.format(self._dialect)\n"
-        "                entry, how = replace(there, value=value, ttl=ttl), 'new'\n",
+        (
+            "            except (KeyExists, Changed):\n"
+            "                there = entries[lease.key] if fitting else self.store.get(self.key(subnet))\n"
+            "                if there is None:\n"
+            "                    continue\n"
+            "                value = attributes.format(self._dialect)\n"
+            "                entry, how = replace(there, value=value, ttl=ttl), 'new'\n"
+        ),
         "two holders",
     ),
     "somebody else's lease is taken over": (
@@ -140,10 +146,12 @@ MUTANTS = {
     ),
     "the write of a lease does not look at what stands there": (
         "entry = self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)",
-        "there = self.store.get(self.key(subnet))\n"
-        "                    entry = (self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)\n"
-        "                        if there is None else self.store.replace(self.key(subnet),\n"
-        "                        attributes.format(self._dialect), ttl=ttl, expected=there.revision))",
+        (
+            "there = self.store.get(self.key(subnet))\n"
+            "                    entry = (self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)\n"
+            "                        if there is None else self.store.replace(self.key(subnet),\n"
+            "                        attributes.format(self._dialect), ttl=ttl, expected=there.revision))"
+        ),
         "writes over",
     ),
     "a lost race is no reason to look again": (
