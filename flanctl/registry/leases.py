@@ -471,14 +471,14 @@ def _is(lease: Lease, what: IPv4Network | IPv4Address) -> bool:
 
 
 def _taken(table: LeaseTable, config: NetworkConfig) -> list[IPv4Network]:
-    """What no new lease may overlap. One unreadable key may block its subnet, never the whole network."""
-    taken = [lease.subnet for lease in table.leases]
-    taken.extend(
-        bad.subnet
-        for bad in table.unreadable
-        if bad.subnet is not None and not config.network.subnet_of(bad.subnet)
-    )
-    return taken
+    """What no new lease may overlap. One key may block its subnet, never the whole network."""
+    found = [*(lease.subnet for lease in table.leases), *(bad.subnet for bad in table.unreadable)]
+    return [
+        subnet
+        for subnet in found
+        if subnet is not None
+        and not (config.network.subnet_of(subnet) and subnet.prefixlen < config.subnet_len)
+    ]
 
 
 def _notes(
