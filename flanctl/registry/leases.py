@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 LEASE_TTL = 86_400.0
 """Seconds; flannel's constant `subnetTTL` in every version."""
-ROUNDS = 50
-"""Lost races before we give up; with the pool's order even fifty hosts at once lose one or two."""
+ROUNDS = 200
+"""Lost races before we give up. In lock step, each writing only after all have read, fifty hosts on fifty subnets lose
+8 at worst, a thousand on a thousand 28 (simulated, addresses at random; hosts of one LAN lose 3)."""
 FIRST_RETRY, LAST_RETRY = 1.0, 60.0
 """Seconds between tries to renew while the registry is away: doubling from the first to the last, which is a twelfth
 of a short lease's time at most."""

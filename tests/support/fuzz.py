@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,8 @@ _all: list[str] = []
 
 def fuzzed(test: Callable[[], None]) -> Callable[[], None]:
     """Marks a `@given` test without other arguments."""
+    # A shared machine stops for longer than a deadline, sooner or later in ten minutes.
+    test = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])(test)
 
     def again_and_again() -> None:
         end = time.monotonic() + SECONDS / len(_all)

@@ -378,6 +378,7 @@ def test_the_state_of_another_network_is_no_memory_of_this_one(house):
     ],
 )
 def test_a_memory_that_cannot_be_read_is_said_and_the_agent_starts(house, place, content, words):
+    """flannel.md 11, row 1: what a power cut may leave."""
     path = house.folder / place
     path.parent.mkdir()
     path.write_bytes(content)
@@ -386,10 +387,28 @@ def test_a_memory_that_cannot_be_read_is_said_and_the_agent_starts(house, place,
     assert len(house.ours()) == 1
 
 
+def test_a_state_file_that_cannot_be_read_is_made_anew_from_subnet_env_and_the_registry(house):
+    house.live_until_ready()
+    (had,) = house.ours()
+    path = house.folder / "state" / "state.json"
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"\0" * len(whole), b""):
+        path.write_bytes(damage)
+        house.registry.delete(had)  # subnet.env alone remembers it
+        house.renew()
+        house.live_until_ready()
+        assert house.ours() == [had]
+        assert "cannot be understood" in house.log()
+        remembered = state_file.load(house.folder / "state")
+        assert remembered is not None
+        assert f"{SUBNETS}{remembered.subnet}".replace("/24", "-24") == had
+
+
 # ---- waiting for the registry ---------------------------------------------------------------------------------------
 
 
 def test_without_a_config_it_waits_says_for_what_and_a_stop_ends_that_at_once(empty_house):
+    """flannel.md 11, row 20: `Key not found` each second, until systemd loses patience."""
     house = empty_house
     with systemd() as heard:
         house.live(lambda: house.said("waiting: "))
@@ -455,6 +474,7 @@ def test_a_config_that_cannot_be_understood_ends_it_at_once(empty_house):
 
 
 def test_a_burst_of_events_is_one_apply(house):
+    """flannel.md 11, row 32."""
     house.backend.pause.clear()
 
     def script():

@@ -170,6 +170,23 @@ def test_an_outage_is_told_and_what_was_missed_is_found(store, clock):
         one.stop()
 
 
+def test_an_event_the_watch_never_told_is_found_by_the_next_list(store, clock):
+    """flannel.md 11, row 2: there, a route that was missed once is missing until somebody looks."""
+    client = store.another()
+    one = Followed(client, clock)
+    try:
+        one.next(ConfigSeen)
+        one.follower.table()
+        hidden = put(store, 1)
+        one.next(PeersChanged)
+        with one.follower._lock:
+            del one.follower._known[hidden.key]  # as if it had not been told
+        assert one.subnets() == []
+        until(lambda: (clock.advance(60.0), one.subnets() == ["172.17.1.0/24"])[1])
+    finally:
+        one.stop()
+
+
 def test_the_list_is_read_again_after_ten_minutes(store, follow, clock):
     one = follow()
     one.next(PeersChanged)
