@@ -18,13 +18,16 @@ import queue
 import secrets
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
+from flanctl.agent import known as known_file
 from flanctl.agent import state as state_file
+from flanctl.agent.known import Known
 from flanctl.agent.log import Repeated
 from flanctl.agent.state import State
 from flanctl.agent.supervisor import Crew, WorkerFailed
@@ -38,7 +41,7 @@ from flanctl.errors import (
     RegistryUnreachable,
 )
 from flanctl.files import make_directory, sweep, write_atomically
-from flanctl.model.lease import LeaseAttributes
+from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.network_config import NetworkConfig
 from flanctl.model.peers import Problem, peers_of
 from flanctl.model.subnet_file import SubnetFile
@@ -46,6 +49,7 @@ from flanctl.registry.announcements import AnnounceFailed, Announcement, Announc
 from flanctl.registry.config import config_key, no_config, read_config
 from flanctl.registry.leases import (
     LEASE_TTL,
+    Acquired,
     Keeper,
     KeeperReport,
     LeaseRenewed,
@@ -71,7 +75,7 @@ if TYPE_CHECKING:
     from flanctl.clock import Clock
     from flanctl.model.dialect import Dialect
     from flanctl.model.peers import Peer
-    from flanctl.registry.leases import Acquired, UnreadableLease
+    from flanctl.registry.leases import UnreadableLease
     from flanctl.registry.stores.store import Delete, Entry, Store
 
 STOP_SECONDS = 2.5
@@ -83,6 +87,8 @@ LINK_PAUSE = 0.5
 """Seconds between two looks for the sake of link events: somebody who fights us over flannel0 must not own the CPU."""
 FATAL = frozenset({"device-foreign", "device-busy"})
 """What trying again does not mend: flannel0 is somebody else's now."""
+REMEMBER_SECONDS = 30.0
+"""Between two writings of what we know; it is written when the agent stops, too."""
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
 MANY_CHANGES = 10
@@ -190,6 +196,10 @@ class Agent:
         self._stop_reason: str | None = None
         self._peers: tuple[Peer, ...] | None = None
         self._words: Announcement
+        self._config_text = b""
+        self._resumed: Known | None = None
+        self._unsaved = False
+        self._saved = 0.0
         self._keeper: Keeper
         self._follower: Follower
         self._problems: dict[str, tuple[Problem, ...]] = {}
@@ -233,8 +243,9 @@ class Agent:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise NotPermitted(f"cannot write {path}: no right to write in {folder}")
 
-    def _files(self) -> tuple[Path, Path]:
-        return self._options.subnet_file, self._options.state_dir / state_file.FILE
+    def _files(self) -> tuple[Path, ...]:
+        state_dir = self._options.state_dir
+        return self._options.subnet_file, state_dir / state_file.FILE, state_dir / known_file.FILE
 
     def _introduce(self, config: NetworkConfig, machine: Machine) -> None:
         for sentence in (*config.warnings, *machine.underlay.warnings, *machine.warnings):
@@ -267,6 +278,7 @@ class Agent:
                 pass
             except LeaseLost as error:
                 lease = "lost"
+                known_file.forget(self._options.state_dir)
                 self._log.error(
                     f"lease lost: {error.message}; stopping with {error.exit_code}, kernel state stays",
                     id=error.id,
@@ -298,14 +310,21 @@ class Agent:
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
         found = self._remember()
         remembered = found or State.new()
-        held = self._acquire(config, machine, remembered)
+        held = self._resume(machine) or self._acquire(config, machine, remembered)
         self.phase = Phase.LEASED
         subnet = held.lease.subnet
         self._save(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
         self._start_workers(held, machine, remembered, first=found is None)
-        self._serve(config, machine, held, rules)
+        if self._resumed is not None:
+            self._keeper.wake()  # the first answer says whether the subnet is still ours
+            self._peers = self._resumed.peers
+            self._apply(config, machine, held, rules, with_rules=True)
+        try:
+            self._serve(config, machine, held, rules)
+        finally:
+            self._write_down()
 
     def _serve(self, config: NetworkConfig, machine: Machine, held: Acquired, rules: IptablesRules) -> None:
         """The loop: take every message there is, then do what they made due, once."""
@@ -326,6 +345,8 @@ class Agent:
                 self._apply(config, machine, held, rules, with_rules=tick or self.phase is not Phase.READY)
             if tick:
                 self._tell_drops(machine)
+                if self._clock.now() - self._saved >= REMEMBER_SECONDS:
+                    self._write_down()
 
     def _messages(self, seconds: float) -> Iterator[Message]:
         """The next message, waited for, and all that are there with it."""
@@ -368,14 +389,75 @@ class Agent:
                 with self._waiting():
                     stored = read_config(self._store, self._options.prefix, self._dialect)
             except (RegistryUnreachable, NotFound) as error:
+                if isinstance(error, RegistryUnreachable) and (config := self._known_config()) is not None:
+                    self._log.warn(f"registry: {error.message}", **_hint(error))
+                    return config
                 self._wait_on(error)
                 continue
+            self._config_text = stored.entry.value
             self._log.info(
                 f"registry {self._store.describe()}",
                 prefix=self._options.prefix,
                 revision=stored.entry.revision,
             )
             return stored.config
+
+    def _known_config(self) -> NetworkConfig | None:
+        """The config we knew last, if with it we can go on; a start that has to wait for the registry stops packets."""
+        try:
+            known = known_file.load(self._options.state_dir)
+            if known is None or known.prefix != self._options.prefix:
+                return None
+            config = NetworkConfig.parse(
+                known.config, self._dialect, name="the config known last", strict=False
+            )
+        except Invalid as error:
+            if self._repeated.worth_saying("known"):
+                self._log.warn(error.message, id="bad-state")
+            return None
+        if known.left is not None and known.left <= 0:
+            return None
+        self._resumed, self._config_text = known, known.config
+        return config
+
+    def _resume(self, machine: Machine) -> Acquired | None:
+        """Our lease as we knew it last, where the registry is silent at the start and the lease cannot have ended."""
+        known, self._resumed = self._resumed, None
+        if known is None:
+            return None
+        lease = self._leases.read(known.entry)
+        left = known.left
+        if (
+            not isinstance(lease, Lease)
+            or lease.attributes.public_ip != machine.underlay.public_ip
+            or not machine.config.accepts(lease.subnet)
+            or (left is not None and left <= 0)
+        ):
+            return None
+        machine.backend.prepare()
+        self._resumed = known
+        self._log.warn(
+            f"going on with what we knew last: {lease.subnet}, {len(known.peers)} peers; packets flow",
+            lease_left=_hours(left),
+        )
+        ends = None if left is None else self._clock.now() + left
+        return Acquired(lease, known.entry, "kept", ends=ends)
+
+    def _write_down(self) -> None:
+        """For whoever is started after us while the registry is silent."""
+        if not self._unsaved or self._peers is None:
+            return
+        held = self._keeper.held
+        ends = None if held.ends is None else time.time() + held.ends - self._clock.now()
+        known = Known(self._options.prefix, self._config_text, held.entry, ends, self._peers)
+        self._saved, self._unsaved = self._clock.now(), False
+        try:
+            known_file.save(self._options.state_dir, known)
+        except FlanctlError as error:
+            if self._repeated.worth_saying("known"):
+                self._log.warn(
+                    f"a restart during an outage will have to wait for the registry: {error.message}"
+                )
 
     def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
         """Our lease. An outage in the middle is waited out; what was written meanwhile is found again."""
@@ -530,6 +612,7 @@ class Agent:
             self._tell_changes(self._peers, peers, table.revision)
         changed = peers != self._peers
         self._peers = peers
+        self._unsaved |= changed
         return changed
 
     def _compare(self, config: NetworkConfig, held: Acquired, entry: Entry | None) -> tuple[Problem, ...]:
@@ -667,14 +750,18 @@ class Agent:
             peers=len(self._peers or ()),
         )
         self._notify.ready(line)
+        self._unsaved = True
+        self._write_down()
 
     # ---- what the log says --------------------------------------------------------------------------------------
 
     def _tell(self, message: Message) -> None:
         match message:
             case LeaseRenewed(held):
+                self._unsaved = True
                 self._log.info(f"lease {held.lease.subnet} renewed", ttl=_hours(held.lease.ttl))
             case LeaseRestored(held):
+                self._unsaved = True
                 self._log.warn(
                     f"our lease {held.lease.subnet} was gone or rewritten, it stands again",
                     ttl=_hours(held.lease.ttl),

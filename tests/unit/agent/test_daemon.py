@@ -5,6 +5,7 @@ main thread: agent.run()          script thread: changes the registry, waits for
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -750,6 +751,105 @@ def test_a_subnet_taken_during_an_outage_is_a_lost_lease_once_the_registry_answe
 
     with pytest.raises(LeaseLost, match=r"192\.168\.66\.99"):
         house.live(script)
+
+
+# ---- started while the registry is silent ---------------------------------------------------------------------------
+
+
+def ran_with_a_peer(house) -> str:
+    """An agent has run and known one peer; its successor finds no registry. The key of our lease."""
+    house.peer(9)
+
+    def script():
+        house.ready()
+        until(lambda: house.backend.applied[-1] == ("172.17.9.0/24",))
+
+    house.live(script)
+    house.renew()
+    house.store.fail("*", AWAY, times=100_000)
+    (key,) = house.ours()
+    return key
+
+
+def test_a_restart_during_an_outage_carries_packets_at_once_in_the_same_subnet(house):
+    """flannel.md 11, row 3: an agent started while etcd is down does not wait for it."""
+    key = ran_with_a_peer(house)
+
+    def script():
+        house.ready()
+        assert set(house.backend.applied) == {("172.17.9.0/24",)}
+        assert house.subnet_file.exists()
+        house.peer(10)
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), "172.17.10.0/24" in house.backend.applied[-1])[1])
+        until(lambda: (house.clock.advance(5), "renewed" in house.log())[1])
+
+    house.live(script)
+    assert "going on with what we knew last: 172.17." in house.log()
+    assert house.ours() == [key]
+    assert house.registry.get(key).lease is not None
+
+
+def test_a_restart_during_an_outage_gives_way_when_the_registry_names_another_host(house):
+    key = ran_with_a_peer(house)
+
+    def script():
+        house.ready()
+        entry = house.registry.get(key)
+        house.registry.replace(key, b'{"PublicIP":"192.168.66.99"}', ttl=86400, expected=entry.revision)
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), house.agent.phase is Phase.STOPPED)[1])
+
+    with pytest.raises(LeaseLost):
+        house.live(script)
+    assert not (house.folder / "state" / "known.json").exists(), "its successor shall not go on with it"
+
+
+def test_a_restart_after_data_loss_puts_the_lease_back_and_says_that_the_config_is_gone(house):
+    key = ran_with_a_peer(house)
+    for entry in house.registry.list(PREFIX).entries:
+        house.registry.delete(entry.key)
+
+    def script():
+        house.ready()
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), house.ours() == [key])[1])
+        until(lambda: "no-config" in problem_ids(house))
+
+    house.live(script)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda known: known | {"ends": 1.0}, "waiting: no answer"),
+        (lambda known: known | {"prefix": "/other"}, "waiting: no answer"),
+        (lambda known: known | {"format": 2}, "known.json cannot be understood"),
+        (lambda known: known | {"peers": [["172.17.1.0/24"]]}, "known.json cannot be understood"),
+        (lambda known: known | {"lease": [known["lease"][0], "e30=", 1, "1"]}, "waiting: no answer"),
+        (lambda known: known | {"config": "e30="}, "Network"),
+        (lambda known: [], "known.json cannot be understood"),
+    ],
+)
+def test_what_was_known_and_does_not_hold_is_not_gone_on_with(house, change, said):
+    ran_with_a_peer(house)
+    path = house.folder / "state" / "known.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    def script():
+        house.said(said)
+        house.said("waiting: no answer")
+        assert house.backend.applied == []
+        assert "start" not in house.steps
+
+    house.live(script)
+
+
+def test_what_was_known_is_not_used_when_the_registry_answers(house):
+    ran_with_a_peer(house)
+    house.store._failures.clear()
+    house.live_until_ready()
+    assert "going on with" not in house.log()
 
 
 # ---- what is wrong in the registry ----------------------------------------------------------------------------------
