@@ -15,6 +15,7 @@ import time
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from flanctl.errors import Invalid
@@ -105,7 +106,7 @@ def _parse(document: dict[str, Any]) -> Known:
         and isinstance(value, str)
         and isinstance(revision, int)
         and isinstance(lease, str | None)
-        and isinstance(ends, int | float | None)
+        and (ends is None or (isinstance(ends, int | float) and isfinite(ends)))
     ):
         raise TypeError
     entry = Entry(key, b64decode(value), revision, lease)

@@ -53,6 +53,7 @@ def peers_of(
     own_ip: IPv4Address,
     config: NetworkConfig,
     backend_type: str,
+    memo: dict[int, tuple[Lease, Peer]] | None = None,
 ) -> tuple[tuple[Peer, ...], tuple[Problem, ...]]:
     """The peers this host routes to, sorted by subnet, and why a lease is no peer or a doubtful one.
 
@@ -60,9 +61,13 @@ def peers_of(
     others only to their own kind, and foreign lengths are routed (longest prefix wins) and told. Unlike flannel, what lies
     outside Network or inside our own subnet is left out: it would draw packets that are none of its business. A
     second lease with our own public IP is left out too: it is what we held before, and would send packets in a loop.
+    With the `memo` of the call before, a lease that is the same object gives the same Peer, so that comparing thousands
+    of peers costs nothing.
     """
     peers: list[Peer] = []
     problems: list[Problem] = []
+    made: dict[int, tuple[Lease, Peer]] = {}
+    before = memo or {}
     holders: dict[int, Lease] = {}
     """By place, for the problems' words."""
     ours = None if own is None else _place(own)
@@ -85,7 +90,11 @@ def peers_of(
         if left_out is None:
             attributes = lease.attributes
             holders[place] = lease
-            peers.append(Peer(subnet, attributes.public_ip, attributes.backend_type, attributes.backend_data))
+            if (one := before.get(id(lease))) is None or one[0] is not lease:
+                kind, data = attributes.backend_type, attributes.backend_data
+                one = lease, Peer(subnet, attributes.public_ip, kind, data)
+            made[id(lease)] = one
+            peers.append(one[1])
             if not fits(place):
                 problems.append(
                     Problem(
@@ -98,34 +107,49 @@ def peers_of(
         elif own is not None or left_out[0] != "duplicate-ip":
             problems.append(Problem(left_out[0], subnet, f"no route to {subnet}: {left_out[1]}"))
     problems += _shared(peers, own, own_ip)
+    if memo is not None:
+        memo.clear()
+        memo.update(made)
     return tuple(peers), tuple(problems)
 
 
 def _shared(peers: Sequence[Peer], own: IPv4Network | None, own_ip: IPv4Address) -> list[Problem]:
     """What two hosts both cover, and what one host has twice; each with both parties."""
     problems: list[Problem] = []
-    subnets = [peer.subnet for peer in peers]
-    overlapping = _overlapping(subnets if own is None else [own, *subnets])
-    holder = (
-        {peer.subnet: peer.public_ip for peer in peers if peer.subnet in overlapping} if overlapping else {}
-    )
-    if own is not None:
-        holder[own] = own_ip
-    hosts: dict[int, list[IPv4Network]] = {}
-    for peer in peers:
-        hosts.setdefault(int(peer.public_ip), []).append(peer.subnet)
-    for peer in peers:
-        subnet = peer.subnet
-        if overlapping and (other := overlapping.get(subnet)) is not None:
-            message = (
-                f"{subnet} of {peer.public_ip} overlaps {other} of {holder[other]}: the longer prefix wins"
-            )
-            problems.append(Problem("overlap", subnet, message))
-        if len(held := hosts[int(peer.public_ip)]) > 1:
-            other = held[1] if held[0] == subnet else held[0]
-            message = f"{subnet} and {other} both name {peer.public_ip}: one host, or two with one address"
-            problems.append(Problem("duplicate-ip", subnet, message))
+    numbers = [int(peer.public_ip) for peer in peers]
+    subnets = [peer.subnet for peer in peers] + ([] if own is None else [own])
+    if _overlap_somewhere(subnets):
+        overlapping = _overlapping(subnets)
+        holder = {peer.subnet: peer.public_ip for peer in peers if peer.subnet in overlapping}
+        if own is not None:
+            holder[own] = own_ip
+        for peer in peers:
+            if (other := overlapping.get(peer.subnet)) is not None:
+                words = f"{peer.subnet} of {peer.public_ip} overlaps {other} of {holder[other]}: the longer prefix wins"
+                problems.append(Problem("overlap", peer.subnet, words))
+    if len(set(numbers)) < len(numbers):
+        hosts: dict[int, list[IPv4Network]] = {}
+        for number, peer in zip(numbers, peers, strict=True):
+            hosts.setdefault(number, []).append(peer.subnet)
+        for number, peer in zip(numbers, peers, strict=True):
+            if len(held := hosts[number]) > 1:
+                other = held[1] if held[0] == peer.subnet else held[0]
+                words = (
+                    f"{peer.subnet} and {other} both name {peer.public_ip}: one host, or two with one address"
+                )
+                problems.append(Problem("duplicate-ip", peer.subnet, words))
     return problems
+
+
+def _overlap_somewhere(subnets: Iterable[IPv4Network]) -> bool:
+    """Whether it is worth looking for overlaps: in order, one begins before another has ended."""
+    end = -1
+    for place in sorted(map(_place, subnets)):
+        start = place >> 6
+        if start <= end:
+            return True
+        end = start + (1 << (32 - (place & 63))) - 1
+    return False
 
 
 class _Reasons:
@@ -135,7 +159,7 @@ class _Reasons:
         self, own: int | None, own_ip: IPv4Address, config: NetworkConfig, backend_type: str
     ) -> None:
         self._own = own
-        self._own_ip = own_ip
+        self._own_number = int(own_ip)
         self._network = _place(config.network)
         self._config = config
         self._backend_type = backend_type
@@ -145,9 +169,10 @@ class _Reasons:
         public_ip, theirs = lease.attributes.public_ip, lease.attributes.backend_type
         if not _inside(place, self._network):
             return "outside-network", f"it is {public_ip}'s and outside Network {self._config.network}"
-        if public_ip == self._own_ip:
+        number = int(public_ip)
+        if number == self._own_number:
             return "duplicate-ip", f"key {lease.key} names {public_ip}, which is this host"
-        if _unreachable(public_ip):
+        if number in {0, 0xFFFFFFFF} or number >> 24 == 127 or number >> 28 == 14:
             return "bad-public-ip", f"public IP {public_ip} is no host's"
         if self._backend_type not in ("udp", theirs):
             return "other-backend", f"its backend is {theirs or 'not named'}, ours is {self._backend_type}"
@@ -203,11 +228,6 @@ def _inside(place: int, outer: int) -> bool:
     """Whether a subnet, as a number, lies in another or is it."""
     length = outer & 63
     return place & 63 >= length and (place ^ outer) >> (38 - length) == 0
-
-
-def _unreachable(address: IPv4Address) -> bool:
-    number = int(address)
-    return number in {0, 0xFFFFFFFF} or number >> 24 == 127 or number >> 28 == 14
 
 
 def _overlapping(subnets: Sequence[IPv4Network]) -> dict[IPv4Network, IPv4Network]:
