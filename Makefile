@@ -66,6 +66,21 @@ bench: setup ## Measure side by side in namespaces (root); results in bench/resu
 	@scripts/need bench
 	$(PY) -m bench $(ARGS)
 
+.PHONY: freeze
+freeze: setup ## One executable with everything in it: dist/flanctl
+	@scripts/need freeze
+	@$(PY) packaging/freeze freeze
+
+.PHONY: freeze-twice
+freeze-twice: setup ## Build it twice and compare the bytes
+	@scripts/need freeze
+	@$(PY) packaging/freeze freeze --twice
+
+.PHONY: lock-sources
+lock-sources: setup ## Take Debian's newest sources of CPython and its libraries
+	@scripts/need freeze
+	@$(PY) packaging/freeze lock-sources
+
 .PHONY: lock
 lock: ## Renew requirements/*.txt from the .in files (needs the registry)
 	scripts/lock
