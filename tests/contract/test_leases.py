@@ -70,8 +70,8 @@ class ListsTogether(Proxy):
         self._barrier: threading.Barrier | None = barrier
         self.lists = 0
 
-    def list(self, prefix: str) -> Any:
-        snapshot = self.store.list(prefix)
+    def list(self, prefix: str, *, at: int | None = None) -> Any:
+        snapshot = self.store.list(prefix, at=at)
         self.lists += 1
         if self._barrier is not None:
             barrier, self._barrier = self._barrier, None

@@ -185,9 +185,9 @@ def test_everybody_gone_at_once_is_asked_twice(store, clock):
         def __getattr__(self, name):
             return getattr(self._real, name)
 
-        def list(self, prefix):
+        def list(self, prefix, *, at=None):
             self.lists += 1
-            return self._real.list("nowhere" if self.lists == 2 else prefix)
+            return self._real.list("nowhere" if self.lists == 2 else prefix, at=at)
 
     put(store, 1)
     forgetful = Forgetful(store.another())
