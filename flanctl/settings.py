@@ -260,17 +260,10 @@ class Settings:
 
     def seconds(self, name: str) -> float:
         """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`."""
-        text = self.text(name).strip().lower()
-        for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
-            if text.endswith(suffix):
-                try:
-                    amount = float(text.removesuffix(suffix)) * factor
-                except ValueError:
-                    break
-                if 0 < amount < 366 * 86400:
-                    return amount
-                break
-        raise self._bad(name, "a duration such as 5s, 500ms or 2m")
+        seconds = parse_seconds(self.text(name))
+        if seconds is None:
+            raise self._bad(name, DURATION)
+        return seconds
 
     def choice(self, name: str, *allowed: str) -> str:
         text = self.text(name)
@@ -282,6 +275,22 @@ class Settings:
         value = self.values[name]
         shown = "(hidden)" if TABLE[name].secret else f'"{value.text}"'
         return UsageError(f"{TABLE[name].flag} {shown} (from {value.source}) is not {wanted}")
+
+
+DURATION = "a duration such as 5s, 500ms or 2m"
+
+
+def parse_seconds(text: str) -> float | None:
+    """`5`, `2.5`, `5s`, `500ms`, `2m`, `1h` as seconds, above 0 and at most a year; None for anything else."""
+    text = text.strip().lower()
+    for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
+        if text.endswith(suffix):
+            try:
+                amount = float(text.removesuffix(suffix)) * factor
+            except ValueError:
+                return None
+            return amount if 0 < amount < 366 * 86400 else None
+    return None
 
 
 def resolve(

@@ -99,7 +99,7 @@ def _reason_to_leave_out(
         return "outside-network", f"it is outside Network {config.network}"
     if public_ip == own_ip:
         return "duplicate-ip", f"{own_ip} is this host"
-    if _unreachable(public_ip):
+    if unreachable_address(public_ip):
         return "bad-public-ip", f"public IP {public_ip} is no host's"
     if backend_type not in ("udp", theirs):
         return "other-backend", f"its backend is {theirs or 'not named'}, ours is {backend_type}"
@@ -132,7 +132,7 @@ def _ordered(leases: Iterable[Lease]) -> list[Lease]:
     )
 
 
-def _unreachable(address: IPv4Address) -> bool:
+def unreachable_address(address: IPv4Address) -> bool:
     return address.is_unspecified or address.is_loopback or address.is_multicast or int(address) == 0xFFFFFFFF
 
 

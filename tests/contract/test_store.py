@@ -129,7 +129,9 @@ class TestReading:
         assert snapshot.entries == (timeless(created),)
         assert snapshot.revision >= created.revision
 
-    def test_a_list_of_the_past_is_what_a_list_was_then(self, store: Store, other: Store, prefix: str) -> None:
+    def test_a_list_of_the_past_is_what_a_list_was_then(
+        self, store: Store, other: Store, prefix: str
+    ) -> None:
         a = store.create(prefix + "a", b"1", ttl=LONG)
         store.create(prefix + "b", b"2", ttl=None)
         store.create(prefix + "c", b"3", ttl=None)

@@ -114,9 +114,7 @@ class SqliteStore:
                     unreadable.append(Unreadable(key))
                 else:
                     entries.append(Entry(text, value, revision, lease))
-            return Snapshot(
-                tuple(entries), look.meta.revision if at is None else at, tuple(unreadable)
-            )
+            return Snapshot(tuple(entries), look.meta.revision if at is None else at, tuple(unreadable))
 
     def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         with self._file.reading() as look:
