@@ -131,9 +131,9 @@ class Progress:
 
 def confirm(question: str) -> None:
     """Ask on the terminal. Raises FlanctlError (id `declined`) for anything but yes."""
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
     try:
+        sys.stderr.write(f"{question} [y/N] ")
+        sys.stderr.flush()
         answer = sys.stdin.readline()
     except KeyboardInterrupt:
         sys.stderr.write("\n")

@@ -200,7 +200,9 @@ class Changes:
         """A watch tells no TTL, so it is asked for; an event is told without it rather than late."""
         if entry.ttl is None and entry.lease is not None:
             try:
-                (entry,) = self._leases.timed([entry])
+                (timed,) = self._leases.timed([entry])
+                # 0: ended or replaced since; how long it was granted for, nobody can say any more.
+                entry = replace(entry, ttl=timed.ttl or None)
             except FlanctlError:
                 pass
         before, now = self._known.get(entry.key), self._look_at(entry)

@@ -213,6 +213,13 @@ def test_nobody_can_say_whether_a_lease_that_went_before_we_looked_had_expired(s
     assert tell(after=last).next().expired is None
 
 
+def test_a_ttl_that_nobody_can_say_any_more_is_unknown_not_zero(store, tell):
+    first = put(store, 1)
+    store.replace(key(1), value(2), ttl=60, expected=first.revision)
+    told = tell(after=first.revision - 1)
+    assert [told.next().ttl for _ in range(2)] == [None, 60]
+
+
 @pytest.mark.parametrize("where", ["past", "future"])
 def test_resuming_at_a_revision_nobody_knows_lists_and_says_so(store, tell, where):
     first = put(store, 1)
