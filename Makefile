@@ -61,6 +61,10 @@ fix: setup ## Repair what tools can repair
 	$(VENV)/bin/ruff format .
 	cd native && cargo fmt --all
 
+.PHONY: reference
+reference: setup ## Write docs/reference/commands.md from the commands' --help
+	$(PY) scripts/reference
+
 .PHONY: bench
 bench: setup ## Measure side by side in namespaces (root); results in bench/results/
 	@scripts/need bench

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flanctl.registry.stores.store import Entry, Store
+    from tests.support.etcd import Version
 
 PREFIX = "/jxdd/network"
 KEY = f"{PREFIX}/subnets/172.17.90.0-24"
@@ -106,39 +107,52 @@ class Writer:
 def events(lines: list[str]) -> list[tuple[int, str]]:
     """What was told of the subnet, in order."""
     documents = map(json.loads, lines)
-    return [(one["revision"], one["public_ip"]) for one in documents if one["event"] in {"added", "moved"}]
+    return [(one["revision"], one["public_ip"]) for one in documents if one["event"] != "listed"]
+
+
+def wait_for_words(watch: Running, count: int) -> None:
+    until(lambda: len(outages(watch.errors())) >= count, seconds=60, what=f"lost and back, {count} in all")
 
 
 def outages(errors: str) -> list[str]:
     return [json.loads(line)["event"] for line in errors.splitlines() if line.startswith("{")]
 
 
-def test_a_killed_server_costs_no_change(
-    cluster: Cluster, store: Store, env: dict[str, str], tmp_path: Path
-) -> None:
-    with Running(tmp_path / "watch", "watch", "-w", "json", "--timeout", "1", env=env) as watch:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_killed_server_costs_no_change_and_tells_none_twice(version: Version, tmp_path: Path) -> None:
+    """The member that is watched is killed three times; the other two go on taking 50 writes a second."""
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(version, members=3, folder=tmp_path / "etcd"))
+        store = stack.enter_context(
+            contextlib.closing(EtcdGatewayStore(parse_endpoints(cluster.endpoints[1:]), timeout=10))
+        )
+        store.create(f"{PREFIX}/config", b'{"Network":"172.17.0.0/16"}', ttl=None)
+        watched = {"FLANCTL_ENDPOINTS": cluster.endpoints[0]}
+        words = ("watch", "--all", "-w", "json", "--timeout", "1")
+        watch = stack.enter_context(Running(tmp_path / "watch", *words, env=watched))
         watch.wait_for(1)
         with Writer(store) as writer:
             writer.go_on(50)
-            for _ in range(3):
-                told = len(outages(watch.errors()))
+            for number in range(1, 4):
                 cluster.kill(0)
-                until(lambda told=told: len(outages(watch.errors())) > told, seconds=30, what="it is told")  # type: ignore[misc]
-                cluster.restart(0)
+                wait_for_words(watch, 2 * number - 1)
+                before = len(events(watch.lines()))
                 writer.go_on(50)
+                assert len(events(watch.lines())) == before, "the watch has another way to etcd"
+                cluster.restart(0)
+                wait_for_words(watch, 2 * number)
+                writer.go_on(20)
         until(lambda: len(events(watch.lines())) >= len(writer.wrote), seconds=30, what="all is told")
-        told_of = events(watch.lines())
-        code = watch.end(signal.SIGINT)
-        errors = watch.errors()
-    assert told_of == writer.wrote
-    assert code == 130
-    assert outages(errors) == ["lost", "back"] * 3
+        assert watch.end(signal.SIGINT) == 130
+        assert events(watch.lines()) == writer.wrote
+        assert outages(watch.errors()) == ["lost", "back"] * 3
+        assert f"everything up to revision {writer.wrote[-1][0]} was told" in watch.errors()
 
 
 def test_a_short_hang_is_not_even_told(
     cluster: Cluster, store: Store, env: dict[str, str], tmp_path: Path
 ) -> None:
-    with Running(tmp_path / "watch", "watch", "-w", "json", "--timeout", "20", env=env) as watch:
+    with Running(tmp_path / "watch", "watch", "--all", "-w", "json", "--timeout", "20", env=env) as watch:
         watch.wait_for(1)
         with Writer(store) as writer:
             writer.go_on(20)
@@ -157,12 +171,12 @@ def test_readers_that_are_killed_and_resumed_hear_everything_once(
     with Writer(store) as writer:
         resume: list[object] = []
         for number in range(5):
-            with Running(tmp_path / str(number), "watch", "-w", "json", *resume, env=env) as watch:
+            with Running(tmp_path / str(number), "watch", "--all", "-w", "json", *resume, env=env) as watch:
                 watch.wait_for(20)
                 watch.end(signal.SIGKILL)
                 lines += watch.lines()
             resume = ["--from-revision", json.loads(lines[-1])["revision"]]
-    with Running(tmp_path / "last", "watch", "-w", "json", *resume, env=env) as watch:
+    with Running(tmp_path / "last", "watch", "--all", "-w", "json", *resume, env=env) as watch:
         until(lambda: len(events([*lines, *watch.lines()])) >= len(writer.wrote) - skipped(lines, writer))
         lines += watch.lines()
     assert events(lines) == writer.wrote[skipped(lines, writer) :]
