@@ -56,6 +56,7 @@ def session(
         yield Session(chosen, store, prefix, dialect)
     except RegistryUnreachable as error:
         error.details = (*error.details, f"(endpoints from {chosen.source('endpoints')})")
+        error.hint = error.hint or "start etcd there, or name the right endpoints with --endpoints"
         raise
     finally:
         store.close()
