@@ -175,6 +175,23 @@ def test_an_overlapping_lease_of_another_length_is_in_the_way(run, store):
     assert run("release", "172.17.60.0/22", "--yes").code == 0, "and can be released"
 
 
+def test_two_keys_of_one_subnet_are_named_and_neither_is_chosen(run, store):
+    """flannel reads `172.17.7.0-024` as the same subnet."""
+    store.create(f"{PREFIX}/subnets/172.17.7.0-024", b'{"PublicIP":"192.168.6.16"}', ttl=60)
+    answer = run("release", "172.17.7.0/24", "--yes")
+    assert answer.code == 5
+    for text in ("172.17.7.0/24 names 2 keys", f"{key(7)} of 192.168.6.15", "etcdctl del"):
+        assert text in answer.err
+    assert run("release", "192.168.6.16", "--yes").code == 0, "its host tells them apart"
+    assert store.get(key(7)) is not None
+
+
+def test_a_registry_that_is_away_says_so_before_anything_is_asked():
+    answer = flanctl("release", "10.0.0.0/24", "--yes", "--endpoints", "http://127.0.0.1:1", "--timeout", "1")
+    assert (answer.code, answer.out) == (3, "")
+    assert "try: start etcd there" in answer.err
+
+
 def test_unreserve_frees_what_nobody_says_he_uses(run, store):
     answer = run("unreserve", "192.168.6.60", "--yes")
     assert (answer.code, answer.out) == (0, "unreserved 172.17.60.0/24 (192.168.6.60)\n")
