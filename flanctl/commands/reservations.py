@@ -169,6 +169,10 @@ def unreserve(what: str, dry_run: bool, yes: bool) -> None:
             if used
             else "no host says that it uses it, so it is free at once"
         )
+        would_lose = (
+            f"a flanneld on {attributes.public_ip} that held {lease.subnet} when it was reserved, less than a day ago,"
+            " would lose it"
+        )
         plan = Plan(
             "unreserve",
             "unreserved",
@@ -177,12 +181,7 @@ def unreserve(what: str, dry_run: bool, yes: bool) -> None:
             lease,
             "lease" if used else None,
             f"unreserve {lease.subnet} of {attributes.public_ip}: {how}",
-            ()
-            if used
-            else (
-                f"a flanneld on {attributes.public_ip} that held {lease.subnet} when it was reserved, less than a day"
-                " ago, would lose it",
-            ),
+            () if used else (would_lose,),
         )
         _carry_out(plan, lambda: registry.leases().unreserve(lease, ttl=ttl), dry_run=dry_run, yes=yes)
 
