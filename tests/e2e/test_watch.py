@@ -225,6 +225,24 @@ def test_what_was_compacted_is_told_as_differences(
     assert (listed["event"], listed["resync"], len(listed["subnets"])) == ("listed", True, 1)
 
 
+def test_a_frozen_server_is_told_and_an_interrupt_ends_the_waiting(
+    cluster: Cluster, store: Store, env: dict[str, str], tmp_path: Path
+) -> None:
+    with Running(tmp_path / "watch", "watch", "-w", "json", "--timeout", "1", env=env) as watch:
+        watch.wait_for(1)
+        cluster.freeze(0)
+        wait_for_words(watch, 1)
+        cluster.thaw(0)
+        wait_for_words(watch, 2)
+        revision = store.create(KEY, b'{"PublicIP":"192.168.6.9"}', ttl=600).revision
+        watch.wait_for(2)
+        cluster.freeze(0)
+        wait_for_words(watch, 3)
+        assert watch.end(signal.SIGINT, seconds=5) == 130
+        assert f"everything up to revision {revision} was told" in watch.errors()
+        assert outages(watch.errors()) == ["lost", "back", "lost"]
+
+
 def test_fail_on_loss_ends_with_3(
     cluster: Cluster, store: Store, env: dict[str, str], tmp_path: Path
 ) -> None:
