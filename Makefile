@@ -85,6 +85,11 @@ lock-sources: setup ## Take Debian's newest sources of CPython and its libraries
 	@scripts/need freeze
 	@$(PY) packaging/freeze lock-sources
 
+.PHONY: packages
+packages: setup ## deb, rpm and container image around dist/flanctl (make freeze makes that), with SHA256SUMS
+	@scripts/need packages
+	@$(PY) packaging/packages.py
+
 .PHONY: lock
 lock: ## Renew requirements/*.txt from the .in files (needs the registry)
 	scripts/lock
