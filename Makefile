@@ -51,6 +51,7 @@ check: setup ## Format, lint, types, import rule, stubs, clippy, rustfmt
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	MYPYPATH=packaging $(VENV)/bin/mypy packaging/packages.py packaging/image.py packaging/describe.py
 	$(VENV)/bin/lint-imports
 	cd native && cargo fmt --all --check
 	cd native && cargo clippy --quiet --workspace --all-targets --locked -- -D warnings

@@ -15,6 +15,7 @@ import pytest
 from flanctl import __version__
 from flanctl.demo.hosts import Lab
 from tests.packages.conftest import EPOCH, NEEDS
+from tests.support.agents import flanctl
 from tests.support.capabilities import frozen_executable
 from tests.support.deadline import until
 from tests.support.dockerd import Dockerd
@@ -204,3 +205,34 @@ def test_docker_loads_the_image_and_it_runs(made, tmp_path):
             *run, "--entrypoint", "/usr/bin/openssl", "flanctl", "x509", "-noout", "-subject", "-in", bundle
         )
         assert verified.startswith("subject=")
+
+
+@pytest.mark.needs(*NEEDS, "dockerd", "tun")
+@pytest.mark.timeout(400)
+def test_the_images_agent_becomes_ready_with_the_two_capabilities_the_docs_name(made, tmp_path):
+    options = tmp_path / "docker.env"
+    options.write_text('DOCKER_NETWORK_OPTIONS="--bridge=none --iptables=false"\n')
+    with Lab("image") as lab:
+        host = lab.add_host()
+        flanctl(host, f"sqlite:{tmp_path}/registry.db", "net", "init", "--network", "172.17.0.0/16")
+        with Dockerd(host, options) as docker:
+            docker.client("load", "-i", str(_image(made)), timeout=120)
+            volumes = [
+                word
+                for inside in ("run/flannel", "run/flanctl", "var/lib/flanctl")
+                for word in ("-v", f"{tmp_path}/{inside}:/{inside}")
+            ]
+            docker.client(
+                *("run", "--detach", "--name", "agent", "--network", "host", "--cap-drop", "all"),
+                *("--cap-add", "NET_ADMIN", "--cap-add", "NET_RAW", "--device", "/dev/net/tun", *volumes),
+                *("-v", f"{tmp_path}:/registry", "-e", "FLANCTL_ENDPOINTS=sqlite:/registry/registry.db"),
+                *("flanctl", "agent"),
+                timeout=60,
+            )
+            subnet = tmp_path / "run/flannel/subnet.env"
+            ready = until(subnet.exists, seconds=40, fail=False)
+            assert ready, host.run(["ip", "link"]).stdout
+            assert "flannel0" in host.run(["ip", "route"]).stdout
+            assert "172.17.0.0/16" in host.run(["iptables-save"]).stdout
+            docker.client("stop", "agent", timeout=60)
+    assert lab.leftovers() == ()
