@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import packages
@@ -35,6 +36,7 @@ def newer(tmp_path_factory):
     with (folder / "stage" / "flanctl.toml").open("a") as sample:
         sample.write("\n# news of the newer version\n")
 
+    @functools.cache
     def build(kind: str) -> Path:
         target = folder / f"newer.{kind}"
         packages.package(

@@ -38,7 +38,6 @@ def bare(tmp_path_factory):
 
 @pytest.fixture
 def tree(bare):
-    mounts = Path("/proc/self/mountinfo").read_text()
     yield bare
     bare.run("dpkg", "-P", "flanctl")
     subprocess.run([*_RPM, bare.root, "--nodeps", "-e", "flanctl"], capture_output=True, check=False)
@@ -46,7 +45,7 @@ def tree(bare):
         shutil.rmtree(bare / left, ignore_errors=True)
     (bare / "usr/bin/systemctl").unlink(missing_ok=True)
     assert _there(bare) == []
-    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert str(bare.root) not in Path("/proc/self/mountinfo").read_text()
 
 
 def _deb(made):
@@ -86,6 +85,17 @@ def test_the_deb_brings_an_executable_that_runs_without_python(tree, made):
     assert tree.ok("dpkg", "--verify", "flanctl") == ""
     # Nothing is enabled by installing.
     assert not list((tree / "etc/systemd").rglob("flanctl*"))
+
+
+def test_bash_completes_the_installed_program(tree, made):
+    _dpkg(tree, _deb(made))
+    script = """
+        source /usr/share/bash-completion/completions/flanctl
+        COMP_WORDS=(flanctl su) COMP_CWORD=1
+        _flanctl_completion flanctl
+        echo "${COMPREPLY[@]}"
+    """
+    assert tree.ok("bash", "-c", script).split() == ["subnets"]
 
 
 def test_an_edited_config_survives_upgrade_and_removal_of_the_deb_and_goes_with_purge(tree, made, newer):
