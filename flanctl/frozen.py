@@ -79,7 +79,7 @@ class _Later:
         self.__dict__.update(known, __name__=name, __spec__=None)
 
     def __getattr__(self, wanted: str) -> object:
-        name = self.__name__
+        name = str(self.__dict__["__name__"])
         if sys.modules.get(name) is self:
             del sys.modules[name]
         __import__(name)
