@@ -202,11 +202,6 @@ AGENT = (
 
 TABLE: Mapping[str, Setting] = {row.name: row for row in (*REGISTRY, PASSWORD, *AGENT)}
 
-# Flags of flanneld that take no value; what else it knows and we do not is passed over with its value.
-_GO_SWITCHES = frozenset(
-    {"logtostderr", "alsologtostderr", "ip-masq", "iptables-forward-rules", "kube-subnet-mgr"}
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -398,20 +393,21 @@ def _sysconfig_values(path: Path) -> dict[str, Value]:
 
 
 def _go_flags(words: list[str], source: str) -> dict[str, Value]:
-    """Flags in Go's grammar (`-x v`, `--x=v`, a switch alone) that mean a setting of ours; the rest is passed over."""
+    """Flags in Go's grammar that mean a setting of ours, up to what Go would refuse; other flags are passed over."""
+    from flanctl.flanneld_flags import SWITCHES
+    from flanctl.go_flags import BadFlag, flags_in
+
     by_flag = {row.flanneld: row for row in TABLE.values() if row.flanneld is not None}
     found: dict[str, Value] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-") or word.strip("-") == "":
-            break
-        name, equals, text = word.removeprefix("-").removeprefix("-").partition("=")
-        if not equals:
-            text = "true" if name in _GO_SWITCHES else next(rest, "")
-        row = by_flag.get(name)
-        if row is None:
-            continue
-        if row.repeatable and row.name in found:
-            text = f"{found[row.name].text}\n{text}"
-        found[row.name] = Value(text, source)
+    try:
+        for given in flags_in(words, SWITCHES):
+            row = by_flag.get(given.name)
+            if row is None:
+                continue
+            text = given.text if given.text is not None else "true" if given.name in SWITCHES else ""
+            if row.repeatable and row.name in found:
+                text = f"{found[row.name].text}\n{text}"
+            found[row.name] = Value(text, source)
+    except BadFlag:
+        pass
     return found
