@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from flanctl import __version__
 from flanctl.agent import state as state_file
-from flanctl.agent.log import Repeated
+from flanctl.agent.log import MINUTE, Repeated
 from flanctl.agent.state import State
 from flanctl.agent.supervisor import Crew, WorkerFailed
 from flanctl.errors import (
@@ -109,6 +109,9 @@ class Options:
     resync_seconds: float
     renew_margin: float
     """Seconds before the end of the lease at which it is renewed at the latest."""
+    patient: bool = False
+    """Start as flanneld 0.7.1 does: a config that is wrong, a backend we lack, no free subnet are waited out too, and
+    said once a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,7 @@ class Agent:
         self._crew = Crew(self._inbox.put)
         self._leases = Leases(store, options.prefix, dialect, clock)
         self._repeated = Repeated(clock)
+        self._waits = Repeated(clock, every=MINUTE if options.patient else None)
         self._interruptible = False
         self._stop_reason: str | None = None
         self._peers: tuple[Peer, ...] | None = None
@@ -178,6 +182,7 @@ class Agent:
         self._drops: dict[str, int] = {}
         self._failures: dict[str, list[float]] = {}
         self._looked = 0.0
+        self._config_revision = 0
         self._link_changed = False
         self.phase = Phase.STARTING
 
@@ -231,14 +236,28 @@ class Agent:
             lease = ""
             try:
                 self._refuse_unwritable()
-                config = self._wait_for_config()
-                machine = self._look(config)
-                self._introduce(config, machine)
-                machine.backend.check()
-                # ------------------------------------------------------------------ from here on we act
-                for path in self._files():
-                    sweep(path)
-                self._live(config, machine)
+                introduced: NetworkConfig | None = None
+                while True:
+                    config = self._wait_for_config()
+                    try:
+                        machine = self._look(config)
+                        if config != introduced:
+                            self._introduce(config, machine)
+                            introduced = config
+                        machine.backend.check()
+                        # ---------------------------------------------------------- from here on we act
+                        for path in self._files():
+                            sweep(path)
+                        self._live(config, machine)
+                        break
+                    except FlanctlError as error:
+                        if not self._worth_waiting(error):
+                            raise
+                        if machine is not None:
+                            machine.backend.stop()
+                            machine.close()
+                            machine = None
+                        self._wait_on(error)
             except StopRequested:
                 pass
             except LeaseLost as error:
@@ -345,11 +364,18 @@ class Agent:
             except (RegistryUnreachable, NotFound) as error:
                 self._wait_on(error)
                 continue
-            self._log.info(
-                f"registry {self._store.describe()}",
-                prefix=self._options.prefix,
-                revision=stored.entry.revision,
-            )
+            except Invalid as error:
+                if not self._options.patient:
+                    raise
+                self._wait_on(error)
+                continue
+            if stored.entry.revision != self._config_revision:  # a patient start comes here again and again
+                self._config_revision = stored.entry.revision
+                self._log.info(
+                    f"registry {self._store.describe()}",
+                    prefix=self._options.prefix,
+                    revision=stored.entry.revision,
+                )
             return stored.config
 
     def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
@@ -376,13 +402,19 @@ class Agent:
     def _wait_on(self, error: FlanctlError) -> None:
         """Tell what we wait for, now and then, and wait a little."""
         key = config_key(self._options.prefix)
-        if count := self._repeated.worth_saying(error.id):
+        if count := self._waits.worth_saying(error.id):
             self._log.warn(
                 "; ".join([f"waiting: {error.message}", *error.details]), tries=count, **_hint(error)
             )
         self._notify.waiting(f"waiting for {key}: {error.message}", seconds=RETRY_SECONDS + 60)
         with self._waiting():
             self._clock.wait(threading.Event(), RETRY_SECONDS)
+
+    def _worth_waiting(self, error: FlanctlError) -> bool:
+        """What another hand may mend in the registry: a backend we lack, no free subnet. Before we hold a lease only."""
+        conflict = isinstance(error, Conflict) and error.id not in FATAL
+        mendable = conflict or error.id == "backend-unsupported"
+        return self._options.patient and self.phase is Phase.STARTING and mendable
 
     def _remember(self) -> State:
         """Our state file; a new one where there is none, and after one that cannot be read (said)."""
