@@ -1,4 +1,4 @@
-"""The command line: who was called, which command, and the only place where an error becomes text and exit code.
+"""The command line: which command, and the only place where an error becomes text and exit code.
 
 Commands are imported when they are called, so that `flanctl version` does not pay for the agent.
 """

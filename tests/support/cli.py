@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from tests.support.deadline import until
 
@@ -15,6 +20,24 @@ class Answer:
     code: int
     out: str
     err: str
+
+
+def program(name="flanctl"):
+    """The words that start flanctl, or the program it is by another name: a link to the same file.
+
+    FLANCTL_EXE names the file (a frozen executable, say); without it the one in this environment's bin is meant.
+    """
+    file = os.environ.get("FLANCTL_EXE") or str(Path(sys.executable).with_name("flanctl"))
+    return [file if name == "flanctl" else _link(name, os.path.abspath(file))]
+
+
+@cache
+def _link(name, file):
+    folder = tempfile.mkdtemp(prefix="flanctl-names-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = os.path.join(folder, name)
+    os.symlink(file, link)
+    return link
 
 
 def _environment(env):
@@ -37,7 +60,7 @@ class Running:
         self._out, self._err = folder / "out", folder / "err"
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flanctl", *map(str, words)],
+                [*program(), *map(str, words)],
                 env=_environment(env),
                 stdin=subprocess.DEVNULL,
                 stdout=out if stdout is None else stdout,
@@ -79,7 +102,7 @@ class Running:
 def flanctl(*words, env=None, stdin=None, timeout=60, prefix=(), **options) -> Answer:
     """Run `flanctl WORDS` with no settings but those of `env`; never a traceback."""
     done = subprocess.run(
-        [*prefix, sys.executable, "-m", "flanctl", *map(str, words)],
+        [*prefix, *program(), *map(str, words)],
         env=_environment(env),
         input=stdin,
         capture_output=True,
