@@ -151,14 +151,14 @@ def _line(severity: int, text: str) -> str:
 
 
 def _caller() -> str:
-    """`daemon.py:431`: the first frame outside of the log's own two files."""
-    own = {"log.py", "glog.py"}
+    """`daemon.py:431`: the first frame outside of the log's own two modules.
+
+    By the module's name: a frozen executable has no file names worth showing.
+    """
     frame = sys._getframe(1)  # noqa: SLF001  what `inspect` would do, without importing it
-    name = os.path.basename(frame.f_code.co_filename)
-    while name in own and frame.f_back is not None:
+    while frame.f_globals["__name__"] in {__name__, Log.__module__} and frame.f_back is not None:
         frame = frame.f_back
-        name = os.path.basename(frame.f_code.co_filename)
-    return f"{name}:{frame.f_lineno}"
+    return f"{frame.f_globals['__name__'].rpartition('.')[2]}.py:{frame.f_lineno}"
 
 
 def _user() -> str:

@@ -12,7 +12,8 @@ import pytest
 
 from flanctl.demo.hosts import Lab
 from flanctl.registry.stores.sqlite import SqliteStore
-from tests.support.agents import RunningAgent
+from tests.support.agents import RunningAgent, environment
+from tests.support.cli import program
 from tests.support.deadline import until
 
 if TYPE_CHECKING:
@@ -94,15 +95,39 @@ def test_flanneld_logs_to_stderr_and_keeps_its_subnet(host, registry, tmp_path):
     subnet = agent.subnet
     assert "FLANNEL_IPMASQ=true\n" in agent.subnet_file.read_text()
     assert all(LINE.fullmatch(line) for line in agent.log_text().splitlines())
+    twice = host.run(
+        [*program("flanneld"), f"-etcd-endpoints={registry}", f"-etcd-prefix={PREFIX}"],
+        env=environment(FLANCTL_RUN_DIR=str(agent.folder / "run"), FLANCTL_STATE_DIR=str(tmp_path / "no")),
+        check=False,
+    )
+    assert twice.returncode == 1
+    assert f"another flanctl agent runs on this host (pid {agent.pid}, " in twice.stderr
     assert agent.terminate() == 0
     later = RunningAgent.start(host, tmp_path / "agent", registry, "--iface", "eth0").wait()
     assert later.subnet == subnet
     assert later.terminate() == 0
 
 
-def test_a_wrong_config_is_waited_out_and_an_interface_that_is_not_there_ends_with_1(
-    host, registry, tmp_path
-):
+def test_a_log_directory_that_is_missing_keeps_nobody_from_starting(host, registry, tmp_path):
+    agent = RunningAgent.start(
+        host,
+        tmp_path / "agent",
+        registry,
+        f"-etcd-endpoints={registry}",
+        f"-etcd-prefix={PREFIX}",
+        "-logtostderr=false",
+        f"-log_dir={tmp_path}/nosuch",
+        "-v=5",
+        "-public-ipv6=fc00::1",
+        name="flanneld",
+    ).wait()
+    assert agent.log_text().count("no log files: ") == 1
+    assert agent.log_text().count(" is ignored: ") == 2
+    assert agent.terminate() == 0
+    assert not (tmp_path / "nosuch").exists()
+
+
+def test_a_wrong_config_is_waited_out_and_a_wrong_interface_or_address_ends_with_1(host, registry, tmp_path):
     """flannel.md 1.4: 0.7.1 tries a config for ever; a missing interface ends it."""
     path = registry.removeprefix("sqlite:")
     with closing(SqliteStore(path)) as store:
@@ -115,7 +140,8 @@ def test_a_wrong_config_is_waited_out_and_an_interface_that_is_not_there_ends_wi
         store.replace("/wrong/config", b'{"Network":"172.18.0.0/16"}', ttl=None, expected=entry.revision)
     assert agent.ready["network"] == "172.18.0.0/16"
     assert agent.terminate() == 0
-    gone = (f"-etcd-endpoints={registry}", f"-etcd-prefix={PREFIX}", "-iface=nosuch0")
-    agent = RunningAgent.start(host, tmp_path / "other", registry, *gone, name="flanneld")
-    assert agent.wait_end() == 1
-    assert "nosuch0" in agent.log_text()
+    for number, (flag, says) in enumerate({"-iface=nosuch0": "nosuch0", "-public-ip=abc": '"abc"'}.items()):
+        bad = (f"-etcd-endpoints={registry}", f"-etcd-prefix={PREFIX}", flag)
+        agent = RunningAgent.start(host, tmp_path / str(number), registry, *bad, name="flanneld")
+        assert agent.wait_end() == 1
+        assert says in agent.log_text()
