@@ -4,13 +4,14 @@
 
 What it prints, writes and ends with is the script's, oddities included, because units and drop-ins were written
 around them: `set` decides the order, an inherited DOCKER_OPT_* is an option too, and a value with a blank comes out
-in pieces. Three things are ours: the file is written whole or not at all; a write that failed never ends with 0; and
+in pieces. Three things are ours: the file is replaced whole wherever it can be; a write that failed never ends with 0; and
 what only a shell could answer (a command or `$` in the subnet file, a backslash, a pattern that matches files) is
 refused in one line before anything is written.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -43,6 +44,8 @@ OPTIONS:
 """
 CREATE_LINE, OPTION_LINE, COMBINED_LINE = 86, 94, 102
 """Lines of the script that write; dash names them when one of them cannot."""
+UNREPLACEABLE = frozenset({errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS})
+"""Why a file that may be written cannot be replaced: it is a mount itself, or its directory may not be written."""
 _SHELL_ONLY = '"`$&|;<>()#*?[]{}~!^%\\'
 
 
@@ -281,8 +284,16 @@ def _replace(path: str, data: bytes, status: os.stat_result | None) -> None:
         replace_file(path, data, mode=0o666 & ~mask)
         return
     if not os.access(path, os.W_OK):  # a rename would not ask for it, `>` does
-        raise PermissionError(13, "Permission denied")
-    replace_file(path, data, mode=stat.S_IMODE(status.st_mode))
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    try:
+        replace_file(path, data, mode=stat.S_IMODE(status.st_mode))
+    except OSError as error:
+        if error.errno not in UNREPLACEABLE:
+            raise
+        handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.truncate()
 
 
 def _say(text: str) -> None:

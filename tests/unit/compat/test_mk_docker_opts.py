@@ -230,6 +230,24 @@ def test_a_link_stays_one_and_the_mode_stays(script: Script) -> None:
     assert sorted(entry.name for entry in script.folder.iterdir()) == ["docker", "real", "subnet.env"]
 
 
+@pytest.mark.needs("root", "netns")
+def test_a_file_that_is_a_mount_is_written_in_place(script: Script) -> None:
+    """As `ReadWritePaths=/run/flannel/docker` makes it: it cannot be replaced, only written."""
+    script.options.write_text("OLD" * 100)
+    inode = script.options.stat().st_ino
+    words = " ".join([*program(SCRIPT), "-f subnet.env -d docker -k DOCKER_NETWORK_OPTIONS"])
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"mount --bind docker docker && exec {words}"],
+        cwd=script.folder,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert script.written() == NOTE_FILE
+    assert script.options.stat().st_ino == inode
+    assert sorted(entry.name for entry in script.folder.iterdir()) == ["docker", "subnet.env"]
+
+
 def test_a_device_is_written_to_and_a_full_one_ends_with_2(script: Script) -> None:
     done = script.run("-f", "subnet.env", "-d", "/dev/stdout", "-c", process=True)
     assert (done.code, done.err) == (0, "")
