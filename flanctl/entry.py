@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 
 def main() -> NoReturn:
-    """The process's whole life. Never returns: ends by SystemExit with the exit code.
+    """The process's whole life. Never returns: ends with the exit code.
 
     So `main()` and `sys.exit(main())` mean the same, for a console script, `python -m flanctl` and the frozen
     executable.
     """
+    if getattr(sys, "frozen", False):
+        from flanctl import frozen
+
+        frozen.start()
+        frozen.leave(run(sys.argv))
     sys.exit(run(sys.argv))
 
 

@@ -80,7 +80,7 @@ class _Later:
 
     def __getattr__(self, wanted: str) -> object:
         name = str(self.__dict__["__name__"])
-        if sys.modules.get(name) is self:
+        if sys.modules.get(name) is self:  # type: ignore[comparison-overlap]
             del sys.modules[name]
         __import__(name)
         return getattr(sys.modules[name], wanted)
