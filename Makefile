@@ -56,6 +56,7 @@ check: setup ## Format, lint, types, import rule, stubs, clippy, rustfmt
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	MYPYPATH=packaging $(VENV)/bin/mypy packaging/packages.py packaging/image.py packaging/describe.py
 	$(VENV)/bin/lint-imports
 	cd native && cargo fmt --all --check
 	cd native && cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
@@ -66,10 +67,34 @@ fix: setup ## Repair what tools can repair
 	$(VENV)/bin/ruff format .
 	cd native && cargo fmt --all
 
+.PHONY: reference
+reference: setup ## Write docs/reference/commands.md from the commands' --help
+	$(PY) scripts/reference
+
 .PHONY: bench
 bench: setup ## Measure side by side in namespaces (root); results in bench/results/
 	@scripts/need bench
 	$(PY) -m bench $(ARGS)
+
+.PHONY: freeze
+freeze: setup ## One executable with everything in it: dist/flanctl
+	@scripts/need freeze
+	@$(PY) packaging/freeze freeze
+
+.PHONY: freeze-twice
+freeze-twice: setup ## Build it twice and compare the bytes
+	@scripts/need freeze
+	@$(PY) packaging/freeze freeze --twice
+
+.PHONY: lock-sources
+lock-sources: setup ## Take Debian's newest sources of CPython and its libraries
+	@scripts/need freeze
+	@$(PY) packaging/freeze lock-sources
+
+.PHONY: packages
+packages: setup ## deb, rpm and container image around dist/flanctl (make freeze makes that), with SHA256SUMS
+	@scripts/need packages
+	@$(PY) packaging/packages.py
 
 .PHONY: lock
 lock: ## Renew requirements/*.txt from the .in files (needs the registry)

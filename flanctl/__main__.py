@@ -1,7 +1,5 @@
 """`python -m flanctl`."""
 
-import sys
+from flanctl.entry import main
 
-from flanctl.cli import main
-
-sys.exit(main())
+main()

@@ -1,4 +1,4 @@
-"""The command line: who was called, which command, and the only place where an error becomes text and exit code.
+"""The command line: which command, and the only place where an error becomes text and exit code.
 
 Commands are imported when they are called, so that `flanctl version` does not pay for the agent.
 """
@@ -81,7 +81,11 @@ net = _group(
 subnets = _group(
     "subnets",
     "Show which host holds which subnet.\n\n\b\nExample:\n  flanctl subnets ls",
-    {"ls": "flanctl.commands.subnets:ls", "get": "flanctl.commands.subnets:get"},
+    {
+        "ls": "flanctl.commands.subnets:ls",
+        "get": "flanctl.commands.subnets:get",
+        "watch": "flanctl.commands.watch:watch",
+    },
 )
 
 
@@ -90,6 +94,11 @@ subnets = _group(
     lazy={
         "net": "flanctl.cli:net",
         "subnets": "flanctl.cli:subnets",
+        "watch": "flanctl.commands.watch:watch",
+        "release": "flanctl.commands.reservations:release",
+        "reserve": "flanctl.commands.reservations:reserve",
+        "unreserve": "flanctl.commands.reservations:unreserve",
+        "capacity": "flanctl.commands.capacity:capacity",
         "agent": "flanctl.commands.agent:agent",
         "docker-opts": "flanctl.commands.docker_opts:docker_opts",
         "demo": "flanctl.commands.demo:demo",

@@ -7,13 +7,15 @@ An error says what was done, to what, what happened and what to try:
         hint="flanctl net init --network 172.17.0.0/16",
     )
 
-`cli.py` is the only place that turns one into text and an exit code. Libraries' own exceptions never
-leave the module that is the library's door.
+Only `cli.py`, and `compat/` for flannel's names, turn one into text and an exit code. Libraries' own exceptions
+never leave the module that is the library's door.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+TYPE_CHECKING = False  # importing typing would cost mk-docker-opts.sh more than all of its work
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class FlanctlError(Exception):

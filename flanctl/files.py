@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 
 from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
+
+TYPE_CHECKING = False  # mk-docker-opts.sh comes through here: neither typing nor pathlib at its start
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -17,15 +19,21 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     refused, because a rename would put a file in its place (`-d /dev/full` as root). Raises NotFound, NotPermitted,
     Invalid, or FlanctlError for a full disk.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise Invalid(f"cannot write {path}: it is a device or pipe, not a file", id="not-a-file")
-    folder = path.parent
+    real = type(path)(os.path.realpath(path))
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise Invalid(f"cannot write {real}: it is a device or pipe, not a file", id="not-a-file")
     try:
-        make_directory(folder)
-        handle, temporary = tempfile.mkstemp(prefix=_temporary(path), dir=folder)
+        make_directory(real.parent)
+        replace_file(str(real), content, mode=mode)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise _cannot_write(real, error) from None
+
+
+def replace_file(path: str, content: bytes, *, mode: int) -> None:
+    """Put a new file in the place of `path` (no symbolic link), whole and on disk. Raises OSError; then nothing changed."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f"{_temporary(name)}{os.urandom(6).hex()}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -33,25 +41,33 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        _sync_directory(folder)
-    except OSError as error:
+        _sync_directory(folder or ".")
+    except OSError:
         try:
             os.unlink(temporary)
         except FileNotFoundError:
             pass
-        raise _cannot_write(path, error) from None
+        raise
 
 
 def sweep(path: Path) -> None:
     """Remove what a process that was killed in `write_atomically(path)` has left beside it."""
-    path = Path(os.path.realpath(path))
-    for leftover in path.parent.glob(_temporary(path) + "*"):
-        leftover.unlink(missing_ok=True)
+    folder, name = os.path.split(os.path.realpath(path))
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    for leftover in names:
+        if leftover.startswith(_temporary(name)):
+            try:
+                os.unlink(os.path.join(folder, leftover))
+            except FileNotFoundError:
+                pass
 
 
-def _temporary(path: Path) -> str:
+def _temporary(name: str) -> str:
     """How the names of our unfinished files begin: nobody else's `.subnet.env.bak` does."""
-    return f".{path.name}.flanctl-"
+    return f".{name}.flanctl-"
 
 
 def make_directory(folder: Path) -> None:
@@ -60,10 +76,10 @@ def make_directory(folder: Path) -> None:
         folder.mkdir(mode=0o755)
     except FileExistsError:
         return
-    _sync_directory(folder.parent)
+    _sync_directory(str(folder.parent))
 
 
-def _sync_directory(folder: Path) -> None:
+def _sync_directory(folder: str) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

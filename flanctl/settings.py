@@ -209,11 +209,6 @@ AGENT = (
 
 TABLE: Mapping[str, Setting] = {row.name: row for row in (*REGISTRY, PASSWORD, *AGENT)}
 
-# Flags of flanneld that take no value; what else it knows and we do not is passed over with its value.
-_GO_SWITCHES = frozenset(
-    {"logtostderr", "alsologtostderr", "ip-masq", "iptables-forward-rules", "kube-subnet-mgr"}
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -267,19 +262,12 @@ class Settings:
 
     def seconds(self, name: str, *, lowest: float = 0.0) -> float:
         """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`; `lowest` seconds at least."""
-        text = self.text(name).strip().lower()
-        for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
-            if text.endswith(suffix):
-                try:
-                    amount = float(text.removesuffix(suffix)) * factor
-                except ValueError:
-                    break
-                if 0 < amount < 366 * 86400:
-                    if amount < lowest:
-                        raise self._bad(name, f"at least {lowest:g}s")
-                    return amount
-                break
-        raise self._bad(name, "a duration such as 5s, 500ms or 2m")
+        seconds = parse_seconds(self.text(name))
+        if seconds is None:
+            raise self._bad(name, DURATION)
+        if seconds < lowest:
+            raise self._bad(name, f"at least {lowest:g}s")
+        return seconds
 
     def choice(self, name: str, *allowed: str) -> str:
         text = self.text(name)
@@ -291,6 +279,22 @@ class Settings:
         value = self.values[name]
         shown = "(hidden)" if TABLE[name].secret else f'"{value.text}"'
         return UsageError(f"{TABLE[name].flag} {shown} (from {value.source}) is not {wanted}")
+
+
+DURATION = "a duration such as 5s, 500ms or 2m"
+
+
+def parse_seconds(text: str) -> float | None:
+    """`5`, `2.5`, `5s`, `500ms`, `2m`, `1h` as seconds, above 0 and at most a year; None for anything else."""
+    text = text.strip().lower()
+    for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
+        if text.endswith(suffix):
+            try:
+                amount = float(text.removesuffix(suffix)) * factor
+            except ValueError:
+                return None
+            return amount if 0 < amount < 366 * 86400 else None
+    return None
 
 
 def resolve(
@@ -398,20 +402,21 @@ def _sysconfig_values(path: Path) -> dict[str, Value]:
 
 
 def _go_flags(words: list[str], source: str) -> dict[str, Value]:
-    """Flags in Go's grammar (`-x v`, `--x=v`, a switch alone) that mean a setting of ours; the rest is passed over."""
+    """Flags in Go's grammar that mean a setting of ours, up to what Go would refuse; other flags are passed over."""
+    from flanctl.flanneld_flags import SWITCHES
+    from flanctl.go_flags import BadFlag, flags_in
+
     by_flag = {row.flanneld: row for row in TABLE.values() if row.flanneld is not None}
     found: dict[str, Value] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-") or word.strip("-") == "":
-            break
-        name, equals, text = word.removeprefix("-").removeprefix("-").partition("=")
-        if not equals:
-            text = "true" if name in _GO_SWITCHES else next(rest, "")
-        row = by_flag.get(name)
-        if row is None:
-            continue
-        if row.repeatable and row.name in found:
-            text = f"{found[row.name].text}\n{text}"
-        found[row.name] = Value(text, source)
+    try:
+        for given in flags_in(words, SWITCHES):
+            row = by_flag.get(given.name)
+            if row is None:
+                continue
+            text = given.text if given.text is not None else "true" if given.name in SWITCHES else ""
+            if row.repeatable and row.name in found:
+                text = f"{found[row.name].text}\n{text}"
+            found[row.name] = Value(text, source)
+    except BadFlag:
+        pass
     return found

@@ -28,7 +28,7 @@ from flanctl import __version__
 from flanctl.agent import known as known_file
 from flanctl.agent import state as state_file
 from flanctl.agent.known import Known
-from flanctl.agent.log import Repeated
+from flanctl.agent.log import MINUTE, Repeated
 from flanctl.agent.state import State
 from flanctl.agent.supervisor import Crew, WorkerFailed
 from flanctl.errors import (
@@ -119,6 +119,9 @@ class Options:
     resync_seconds: float
     renew_margin: float
     """Seconds before the end of the lease at which it is renewed at the latest."""
+    patient: bool = False
+    """Start as flanneld 0.7.1 does: a config that is wrong, a backend we lack, no free subnet are waited out too, and
+    said once a minute."""
     lease_ttl: float = LEASE_TTL
     """Seconds the registry keeps our lease without a word from us."""
 
@@ -160,6 +163,10 @@ Message = (
 )
 
 
+class _StartOver(Exception):
+    """What we knew last is of no use here after all: wait for the registry."""
+
+
 class StopRequested(Exception):
     """Raised by the signal handler while the start waits for the registry."""
 
@@ -192,12 +199,15 @@ class Agent:
         self._crew = Crew(self._inbox.put)
         self._leases = Leases(store, options.prefix, dialect, clock)
         self._repeated = Repeated(clock)
+        self._waits = Repeated(clock, every=MINUTE if options.patient else None)
         self._interruptible = False
         self._stop_reason: str | None = None
         self._peers: tuple[Peer, ...] | None = None
         self._words: Announcement
         self._config_text = b""
-        self._resumed: Known | None = None
+        self._known: Known | None = None
+        """What we go on with, started while the registry is silent."""
+        self._known_is_of_use = True
         self._unsaved = False
         self._saved = 0.0
         self._memo: dict[int, tuple[Lease, Peer]] = {}
@@ -213,6 +223,7 @@ class Agent:
         self._drops: dict[str, int] = {}
         self._failures: dict[str, list[float]] = {}
         self._looked = 0.0
+        self._config_revision = 0
         self._link_changed = False
         self.phase = Phase.STARTING
 
@@ -267,14 +278,33 @@ class Agent:
             lease = ""
             try:
                 self._refuse_unwritable()
-                config = self._wait_for_config()
-                machine = self._look(config)
-                self._introduce(config, machine)
-                machine.backend.check()
-                # ------------------------------------------------------------------ from here on we act
-                for path in self._files():
-                    sweep(path)
-                self._live(config, machine)
+                introduced: NetworkConfig | None = None
+                while True:
+                    config = self._wait_for_config()
+                    try:
+                        machine = self._look(config)
+                        if config != introduced:
+                            self._introduce(config, machine)
+                            introduced = config
+                        machine.backend.check()
+                        # ---------------------------------------------------------- from here on we act
+                        for path in self._files():
+                            sweep(path)
+                        self._live(config, machine)
+                        break
+                    except _StartOver:
+                        if machine is not None:
+                            machine.backend.stop()
+                            machine.close()
+                            machine = None
+                    except FlanctlError as error:
+                        if not self._worth_waiting(error):
+                            raise
+                        if machine is not None:
+                            machine.backend.stop()
+                            machine.close()
+                            machine = None
+                        self._wait_on(error)
             except StopRequested:
                 pass
             except LeaseLost as error:
@@ -311,16 +341,16 @@ class Agent:
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
         found = self._remember()
         remembered = found or State.new()
-        held = self._resume(machine) or self._acquire(config, machine, remembered)
+        held = self._acquire(config, machine, remembered) if self._known is None else self._resume(machine)
         self.phase = Phase.LEASED
         subnet = held.lease.subnet
         self._save(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
         self._start_workers(held, machine, remembered, first=found is None)
-        if self._resumed is not None:
+        if self._known is not None:
             self._keeper.wake()  # the first answer says whether the subnet is still ours
-            self._peers = self._resumed.peers
+            self._peers = self._known.peers
             self._apply(config, machine, held, rules, with_rules=True)
         try:
             self._serve(config, machine, held, rules)
@@ -395,16 +425,25 @@ class Agent:
                     return config
                 self._wait_on(error)
                 continue
+            except Invalid as error:
+                if not self._options.patient:
+                    raise
+                self._wait_on(error)
+                continue
             self._config_text = stored.entry.value
-            self._log.info(
-                f"registry {self._store.describe()}",
-                prefix=self._options.prefix,
-                revision=stored.entry.revision,
-            )
+            if stored.entry.revision != self._config_revision:  # a patient start comes here again and again
+                self._config_revision = stored.entry.revision
+                self._log.info(
+                    f"registry {self._store.describe()}",
+                    prefix=self._options.prefix,
+                    revision=stored.entry.revision,
+                )
             return stored.config
 
     def _known_config(self) -> NetworkConfig | None:
         """The config we knew last, if with it we can go on; a start that has to wait for the registry stops packets."""
+        if not self._known_is_of_use:
+            return None
         try:
             known = known_file.load(self._options.state_dir)
             if known is None or known.prefix != self._options.prefix:
@@ -418,14 +457,13 @@ class Agent:
             return None
         if known.left is not None and known.left <= 0:
             return None
-        self._resumed, self._config_text = known, known.config
+        self._known, self._config_text = known, known.config
         return config
 
-    def _resume(self, machine: Machine) -> Acquired | None:
-        """Our lease as we knew it last, where the registry is silent at the start and the lease cannot have ended."""
-        known, self._resumed = self._resumed, None
-        if known is None:
-            return None
+    def _resume(self, machine: Machine) -> Acquired:
+        """Our lease as we knew it last. Raises _StartOver when this host cannot go on with it."""
+        known = self._known
+        assert known is not None
         lease = self._leases.read(known.entry)
         left = known.left
         if (
@@ -434,9 +472,9 @@ class Agent:
             or not machine.config.accepts(lease.subnet)
             or (left is not None and left <= 0)
         ):
-            return None
+            self._known, self._known_is_of_use = None, False
+            raise _StartOver
         machine.backend.prepare()
-        self._resumed = known
         self._log.warn(
             f"going on with what we knew last: {lease.subnet}, {len(known.peers)} peers; packets flow",
             lease_left=_hours(left),
@@ -486,13 +524,19 @@ class Agent:
     def _wait_on(self, error: FlanctlError) -> None:
         """Tell what we wait for, now and then, and wait a little."""
         key = config_key(self._options.prefix)
-        if count := self._repeated.worth_saying(error.id):
+        if count := self._waits.worth_saying(error.id):
             self._log.warn(
                 "; ".join([f"waiting: {error.message}", *error.details]), tries=count, **_hint(error)
             )
         self._notify.waiting(f"waiting for {key}: {error.message}", seconds=RETRY_SECONDS + 60)
         with self._waiting():
             self._clock.wait(threading.Event(), RETRY_SECONDS)
+
+    def _worth_waiting(self, error: FlanctlError) -> bool:
+        """What another hand may mend in the registry: a backend we lack, no free subnet. Before we hold a lease only."""
+        conflict = isinstance(error, Conflict) and error.id not in FATAL
+        mendable = conflict or error.id == "backend-unsupported"
+        return self._options.patient and self.phase is Phase.STARTING and mendable
 
     def _remember(self) -> State | None:
         """Our state file; None where there is none, or one that cannot be read (said): it is made anew then, from

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _PRIORITY = {"error": 3, "warn": 4, "ready": 5, "info": 6}
 # When something goes on failing: at once, after a minute, ten, then every hour.
 _REPEAT_AFTER = (0.0, 60.0, 600.0, 3600.0)
+MINUTE = 60.0
 
 
 class Log:
@@ -52,6 +53,10 @@ class Log:
 
     def _write(self, level: str, sentence: str, fields: dict[str, object]) -> None:
         text = " ".join(filter(None, (sentence, _fields(fields))))
+        self._emit(level, text)
+
+    def _emit(self, level: str, text: str) -> None:
+        """Write one line; `compat/glog.py` has another form for it."""
         if self._journal:
             line = f"<{_PRIORITY[level]}>{'ready ' if level == 'ready' else ''}{text}\n"
         else:
@@ -67,10 +72,11 @@ class Log:
 
 
 class Repeated:
-    """Says a lasting trouble at once, after 1 min, 10 min and each hour, not at each try."""
+    """Says a lasting trouble at once, after 1 min, 10 min and each hour, or `every` so many seconds; not at each try."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, every: float | None = None) -> None:
         self._clock = clock
+        self._every = every
         self._since: dict[str, tuple[float, int, int]] = {}
 
     def worth_saying(self, what: str) -> int | None:
@@ -78,7 +84,10 @@ class Repeated:
         now = self._clock.now()
         since, count, said = self._since.get(what, (now, 0, 0))
         count += 1
-        due = _REPEAT_AFTER[said] if said < len(_REPEAT_AFTER) else (said - 2) * 3600.0
+        if self._every is not None:
+            due = said * self._every
+        else:
+            due = _REPEAT_AFTER[said] if said < len(_REPEAT_AFTER) else (said - 2) * 3600.0
         say = now - since >= due
         self._since[what] = (since, count, said + say)
         return count if say else None

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Self
 
+from flanctl.errors import FlanctlError
 from flanctl.text import printable
 
 if TYPE_CHECKING:
@@ -20,6 +22,11 @@ SCHEMA = 1
 def data(text: str) -> None:
     """Write one piece of the answer to stdout; a line end is added."""
     sys.stdout.write(text + "\n")
+
+
+def line(text: str) -> None:
+    """One line for people that may hold what strangers wrote."""
+    data(printable(text))
 
 
 def note(text: str) -> None:
@@ -67,6 +74,85 @@ def pairs(items: Sequence[tuple[str, object]]) -> None:
     width = max(len(name) for name, _ in items)
     for name, value in items:
         data(f"{name:<{width}}  {printable(str(value))}")
+
+
+def flush() -> None:
+    """Send on what was written: a stream is read line by line. Raises BrokenPipeError when nobody reads any more."""
+    sys.stdout.flush()
+
+
+def refuse_without_reader() -> None:
+    """Raises BrokenPipeError if stdout is a pipe whose reader is gone, which a write would find out only later."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if any(state & select.POLLERR for _, state in poll.poll(0)):
+        raise BrokenPipeError
+
+
+class Progress:
+    """How far long work is, on stderr: on a terminal one line that is rewritten, after a second; else a line after ten
+    seconds and each half minute.
+
+        with Progress("asking for TTLs") as progress:
+            progress(500, 20000)
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._next = time.monotonic() + (1.0 if self._terminal else 10.0)
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown and self._terminal:
+            self._write("\r\x1b[K")
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + (0.1 if self._terminal else 30.0)
+        self._shown = True
+        text = f"{self._what}: {done} of {total}"
+        self._write(f"\r\x1b[K{text}" if self._terminal else text + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # like a note
+
+
+def confirm(question: str) -> None:
+    """Ask on the terminal. Raises FlanctlError (id `declined`) for anything but yes."""
+    try:
+        sys.stderr.write(f"{question} [y/N] ")
+        sys.stderr.flush()
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        note("nothing was changed")
+        raise
+    if answer.strip().lower() not in {"y", "yes"}:
+        raise FlanctlError("nothing was changed", id="declined")
+
+
+def can_ask() -> bool:
+    """Whether somebody sits at both ends of a question."""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty())
+
+
+def timestamp(ahead: float = 0.0) -> str:
+    """RFC 3339 in UTC, `ahead` seconds from now."""
+    from datetime import UTC, datetime, timedelta
+
+    return (datetime.now(UTC) + timedelta(seconds=ahead)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def age(seconds: float | None) -> str:

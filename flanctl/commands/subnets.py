@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
 import click
 
 from flanctl.commands import output
+from flanctl.commands.arguments import leased, subnet_or_address
 from flanctl.commands.options import output_options, registry_options, write_out
-from flanctl.errors import NotFound, UsageError
+from flanctl.errors import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from ipaddress import IPv4Address, IPv4Network
 
     from flanctl.commands.session import Session
     from flanctl.model.lease import Lease
@@ -92,7 +93,7 @@ def ls() -> None:
 
 
 @click.command()
-@click.argument("what", metavar="SUBNET|ADDRESS")
+@click.argument("what", metavar="SUBNET|ADDRESS", shell_complete=leased)
 @registry_options
 @output_options
 def get(what: str) -> None:
@@ -106,7 +107,7 @@ def get(what: str) -> None:
     """
     from flanctl.commands.session import session
 
-    wanted = _subnet_or_address(what)
+    wanted = subnet_or_address(what)
     with session() as registry:
         view = _look(registry, wanted)
     rows = view.rows
@@ -125,15 +126,6 @@ def get(what: str) -> None:
             output.pairs(_details(row))
 
 
-def _subnet_or_address(text: str) -> IPv4Network | IPv4Address:
-    try:
-        if "/" in text:
-            return IPv4Network(text, strict=False)
-        return IPv4Address(text)
-    except ValueError:
-        raise UsageError(f'"{text}" is neither a subnet nor an address') from None
-
-
 def _look(registry: Session, wanted: IPv4Network | IPv4Address | None = None) -> View:
     """Config and leases, then everything that follows from the two; rows for all leases, or for what is wanted.
 
@@ -146,7 +138,8 @@ def _look(registry: Session, wanted: IPv4Network | IPv4Address | None = None) ->
 
     config = read_config(registry.store, registry.prefix, registry.dialect).config
     leases = registry.leases()
-    table = leases.table(with_ttl=wanted is None)
+    with output.Progress("asking how long leases last") as progress:
+        table = leases.table(with_ttl=wanted is None, progress=progress)
     shown = table.leases if wanted is None else leases.find(wanted)
     problems = lease_problems(table.leases, config)
     announced = announcements(registry.store, registry.prefix)
@@ -233,12 +226,10 @@ def _details(row: Row) -> list[tuple[str, object]]:
 
 
 def _fields(row: Row) -> dict[str, object]:
-    from datetime import UTC, datetime, timedelta
-
     attributes = row.lease.attributes
     expires = None
     if row.ttl is not None and not row.lease.reservation:
-        expires = (datetime.now(UTC) + timedelta(seconds=row.ttl)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        expires = output.timestamp(row.ttl)
     return {
         "subnet": str(row.lease.subnet),
         "public_ip": str(attributes.public_ip),
@@ -258,14 +249,12 @@ def _fields(row: Row) -> dict[str, object]:
 
 
 def _document(view: View) -> dict[str, object]:
-    from datetime import UTC, datetime
-
     return {
         "network": str(view.config.network),
         "dialect": str(view.config.dialect),
         "revision": view.table.revision,
         "stale": False,
-        "as_of": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "as_of": output.timestamp(),
         "subnets": [_fields(row) for row in view.rows],
         "unreadable": [{"key": bad.key, "problem": bad.problem} for bad in view.table.unreadable],
     }

@@ -172,7 +172,7 @@ class _Reasons:
         number = int(public_ip)
         if number == self._own_number:
             return "duplicate-ip", f"key {lease.key} names {public_ip}, which is this host"
-        if number in {0, 0xFFFFFFFF} or number >> 24 == 127 or number >> 28 == 14:
+        if unreachable_address(public_ip):
             return "bad-public-ip", f"public IP {public_ip} is no host's"
         if self._backend_type not in ("udp", theirs):
             return "other-backend", f"its backend is {theirs or 'not named'}, ours is {self._backend_type}"
@@ -228,6 +228,12 @@ def _inside(place: int, outer: int) -> bool:
     """Whether a subnet, as a number, lies in another or is it."""
     length = outer & 63
     return place & 63 >= length and (place ^ outer) >> (38 - length) == 0
+
+
+def unreachable_address(address: IPv4Address) -> bool:
+    """Nobody's, this host's own, a group's, or everybody's: no packet for one host can go there."""
+    number = int(address)
+    return number in {0, 0xFFFFFFFF} or number >> 24 == 127 or number >> 28 == 14
 
 
 def _overlapping(subnets: Sequence[IPv4Network]) -> dict[IPv4Network, IPv4Network]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from flanctl.model.network_config import NetworkConfig
     from flanctl.registry.stores.store import Entry, Snapshot, Store
 
+TTL_CHUNK = 500
+"""Leases whose TTL is asked between two words of progress; each chunk has the store's whole timeout for itself."""
 LEASE_TTL = 86_400.0
 """Seconds; flannel's constant `subnetTTL` in every version."""
 ROUNDS = 200
@@ -155,11 +157,24 @@ class Leases:
             subnet, attributes, entry.revision, reservation=entry.lease is None, ttl=entry.ttl, key=entry.key
         )
 
-    def table(self, *, with_ttl: bool = False) -> LeaseTable:
+    def table(
+        self, *, with_ttl: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> LeaseTable:
         """Everything there is. TTLs cost a request per lease in etcd v3, so only those who show them ask."""
         snapshot = self.store.list(self.folder)
-        entries = self.store.with_ttl(snapshot.entries) if with_ttl else snapshot.entries
+        entries = self.timed(snapshot.entries, progress) if with_ttl else snapshot.entries
         return self._table(snapshot, entries)
+
+    def timed(
+        self, entries: Sequence[Entry], progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Entry, ...]:
+        """The entries with their TTLs; `progress` hears how many of how many are known."""
+        timed: list[Entry] = []
+        for start in range(0, len(entries), TTL_CHUNK):
+            timed.extend(self.store.with_ttl(entries[start : start + TTL_CHUNK]))
+            if progress is not None:
+                progress(len(timed), len(entries))
+        return tuple(timed)
 
     def find(self, what: IPv4Network | IPv4Address) -> tuple[Lease, ...]:
         """The leases of a subnet, or of a host: those it holds and the one an address of its containers lies in.
@@ -332,6 +347,91 @@ class Leases:
             id="pool-full",
         )
 
+    def read_all(self, snapshot: Snapshot) -> LeaseTable:
+        """What a list of our folder holds, understood or not."""
+        return self._table(snapshot, snapshot.entries)
+
+    # what an operator changes by hand
+
+    def release(self, lease: Lease) -> None:
+        """Delete a lease exactly as it was shown. Raises Changed, also for one that is gone."""
+        if not self.store.delete(lease.key, expected=lease.revision):
+            raise Changed(lease.key, None)
+
+    def reserve(self, subnet: IPv4Network, public_ip: IPv4Address, *, held: Lease | None = None) -> Lease:
+        """Keep `subnet` for one host for ever: a key without TTL (flannel.md 3.6).
+
+        `held` is the lease of that host as it was shown: its bytes stay, only its end goes. Without it the value is
+        what flannel's AddReservation writes. Raises KeyExists, Changed.
+        """
+        if held is None:
+            value = LeaseAttributes(public_ip).format(self._dialect)
+            entry = self.store.create(self.key(subnet), value, ttl=None)
+        else:
+            entry = self._rewrite(held, ttl=None)
+        return self._acquired(entry, "new").lease
+
+    def unreserve(self, reservation: Lease, *, ttl: float | None) -> Lease | None:
+        """Give a reservation, as it was shown, an end again, or delete it (`ttl` None). Raises Changed.
+
+        A host that uses the subnet renews it from then on, as after 0.7.1's RemoveReservation.
+        """
+        if ttl is None:
+            self.release(reservation)
+            return None
+        return self._acquired(self._rewrite(reservation, ttl=ttl), "kept").lease
+
+    def _rewrite(self, lease: Lease, *, ttl: float | None) -> Entry:
+        """The same bytes with another time to live. Raises Changed."""
+        current = self.store.get(lease.key)
+        if current is None or current.revision != lease.revision:
+            raise Changed(lease.key, current)
+        return self.store.replace(lease.key, current.value, ttl=ttl, expected=lease.revision)
+
+    def next_for(
+        self,
+        config: NetworkConfig,
+        table: LeaseTable,
+        public_ip: IPv4Address,
+        previous: Sequence[IPv4Network] = (),
+    ) -> IPv4Network | None:
+        """The subnet `acquire` would come to hold now; None where every one is taken."""
+        pool = SubnetPool(config, public_ip, previous)
+        if fitting := self._fitting(config, table, public_ip):
+            return _preferred(fitting, pool.previous).subnet
+        return next(pool.candidates(_taken(table, config)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How many subnets of a network are taken by what. The four add up to the network's capacity.
+
+    A lease of another length counts as the subnets it covers; what lies outside, or is as large as the whole network,
+    counts as none.
+    """
+
+    leased: int
+    reserved: int
+    unreadable: int
+    free: int
+
+
+def usage(table: LeaseTable, config: NetworkConfig) -> Usage:
+    """Counted from what really stands in the registry, not subtracted: keys may overlap."""
+    pool = SubnetPool(config, IPv4Address(0))
+    counting = [lease for lease in table.leases if not _covers_all(lease.subnet, config)]
+    leased = [lease.subnet for lease in counting if not lease.reservation]
+    held = [lease.subnet for lease in counting]
+    without_leases = pool.free(leased)
+    without_reservations = pool.free(held)
+    free = pool.free(_taken(table, config))
+    return Usage(
+        leased=config.capacity - without_leases,
+        reserved=without_leases - without_reservations,
+        unreadable=without_reservations - free,
+        free=free,
+    )
+
 
 class Keeper:
     """Keeps one lease: renews it at a third of its time, writes it again when it vanishes, tells when it is lost.
@@ -474,12 +574,12 @@ def _is(lease: Lease, what: IPv4Network | IPv4Address) -> bool:
 def _taken(table: LeaseTable, config: NetworkConfig) -> list[IPv4Network]:
     """What no new lease may overlap. One key may block its subnet, never the whole network."""
     found = [*(lease.subnet for lease in table.leases), *(bad.subnet for bad in table.unreadable)]
-    return [
-        subnet
-        for subnet in found
-        if subnet is not None
-        and not (config.network.subnet_of(subnet) and subnet.prefixlen < config.subnet_len)
-    ]
+    return [subnet for subnet in found if subnet is not None and not _covers_all(subnet, config)]
+
+
+def _covers_all(subnet: IPv4Network, config: NetworkConfig) -> bool:
+    """Whether it is no host's subnet but as large as the whole network."""
+    return subnet.prefixlen < config.subnet_len and config.network.subnet_of(subnet)
 
 
 def _notes(

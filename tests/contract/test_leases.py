@@ -70,8 +70,8 @@ class ListsTogether(Proxy):
         self._barrier: threading.Barrier | None = barrier
         self.lists = 0
 
-    def list(self, prefix: str) -> Any:
-        snapshot = self.store.list(prefix)
+    def list(self, prefix: str, *, at: int | None = None) -> Any:
+        snapshot = self.store.list(prefix, at=at)
         self.lists += 1
         if self._barrier is not None:
             barrier, self._barrier = self._barrier, None
@@ -282,3 +282,79 @@ def test_our_deleted_key_is_seen_and_written_again_at_once(
         until(lambda: any(isinstance(report, LeaseRestored) for report in reports))
         until(lambda: [lease.subnet for lease in follower.table().leases] == [held.lease.subnet])
         follower.stop()
+
+
+def test_what_an_operator_reserves_has_flannels_bytes_and_no_end(leases: Leases, store: Store) -> None:
+    """flannel 0.7's AddReservation and RemoveReservation (flannel.md 3.6)."""
+    subnet = IPv4Network("10.0.0.8/30")
+    reserved = leases.reserve(subnet, ONE)
+    entry = store.get(leases.key(subnet))
+    assert entry is not None
+    assert (entry.value, entry.lease, entry.ttl) == (
+        b'{"PublicIP":"192.168.6.2","PublicIPv6":null}',
+        None,
+        None,
+    )
+    assert leases.acquire(TINY, host(ONE)).lease == reserved
+
+    lease = leases.unreserve(reserved, ttl=LEASE_TTL)
+    entry = store.get(leases.key(subnet))
+    assert lease is not None
+    assert entry is not None
+    assert (lease.reservation, entry.value) == (False, b'{"PublicIP":"192.168.6.2","PublicIPv6":null}')
+    assert entry.ttl is not None
+    assert LEASE_TTL - 60 < entry.ttl <= LEASE_TTL
+
+
+def test_a_held_lease_becomes_a_reservation_and_back_without_a_change_of_its_bytes(
+    leases: Leases, store: Store
+) -> None:
+    """Its agent goes on in both directions: what stands under its key names it."""
+    subnet = IPv4Network("10.0.0.8/30")
+    value = b'{"PublicIP":"192.168.6.2","PublicIPv6":null,"Later":[1e3]}'
+    store.create(leases.key(subnet), value, ttl=LEASE_TTL)
+    held = leases.acquire(TINY, host(ONE))
+    (lease,) = leases.find(subnet)
+    reserved = leases.reserve(subnet, ONE, held=lease)
+    entry = store.get(held.lease.key)
+    assert entry is not None
+    assert (entry.value, entry.lease) == (held.entry.value, None)
+    held = leases.renew(held)
+    assert (held.how, held.lease.reservation) == ("kept", True)
+
+    (reserved,) = leases.find(subnet)
+    leases.unreserve(reserved, ttl=LEASE_TTL)
+    held = leases.renew(held)
+    assert (held.how, held.lease.reservation) == ("kept", False)
+    entry = store.get(held.lease.key)
+    assert entry is not None
+    assert b'"Later":[1e3]' in entry.value
+    assert entry.lease is not None
+
+
+def test_what_was_changed_since_it_was_shown_is_left_alone(leases: Leases, store: Store) -> None:
+    subnet = IPv4Network("10.0.0.8/30")
+    entry = store.create(leases.key(subnet), b'{"PublicIP":"192.168.6.2"}', ttl=LEASE_TTL)
+    (shown,) = leases.find(subnet)
+    now = store.replace(entry.key, b'{"PublicIP":"192.168.6.15"}', ttl=LEASE_TTL, expected=entry.revision)
+    for change in (
+        lambda: leases.release(shown),
+        lambda: leases.reserve(subnet, ONE, held=shown),
+        lambda: leases.reserve(subnet, ONE),
+        lambda: leases.unreserve(shown, ttl=None),
+        lambda: leases.unreserve(shown, ttl=60),
+    ):
+        with pytest.raises(Conflict):
+            change()
+    assert store.get(entry.key) is not None
+    assert store.get(entry.key).value == now.value  # type: ignore[union-attr]
+    store.delete(entry.key)
+    for change in (
+        lambda: leases.release(shown),
+        lambda: leases.reserve(subnet, ONE, held=shown),
+        lambda: leases.unreserve(shown, ttl=None),
+        lambda: leases.unreserve(shown, ttl=60),
+    ):
+        with pytest.raises(Conflict):
+            change()
+    assert store.get(entry.key) is None

@@ -13,7 +13,16 @@ import pytest
 
 from flanctl.errors import Conflict, FlanctlError, RegistryUnreachable
 from flanctl.registry.stores.open import Connection, open_store
-from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
+from flanctl.registry.stores.store import (
+    Changed,
+    Compacted,
+    Delete,
+    Entry,
+    Forgotten,
+    KeyExists,
+    Progress,
+    Put,
+)
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
 
@@ -119,6 +128,31 @@ class TestReading:
         snapshot = other.list(prefix)
         assert snapshot.entries == (timeless(created),)
         assert snapshot.revision >= created.revision
+
+    def test_a_list_of_the_past_is_what_a_list_was_then(
+        self, store: Store, other: Store, prefix: str
+    ) -> None:
+        a = store.create(prefix + "a", b"1", ttl=LONG)
+        store.create(prefix + "b", b"2", ttl=None)
+        store.create(prefix + "c", b"3", ttl=None)
+        before = store.list(prefix)
+        assert store.delete(prefix + "b")
+        store.replace(prefix + "a", b"4", ttl=None, expected=a.revision)
+        store.create(prefix + "d", b"5", ttl=None)
+        assert other.list(prefix, at=before.revision) == before
+        now = store.list(prefix)
+        assert other.list(prefix, at=now.revision) == now
+
+    def test_a_list_of_the_future_or_of_what_was_compacted_is_forgotten(
+        self, store: Store, prefix: str, backend: Backend
+    ) -> None:
+        first = store.create(prefix + "a", b"1", ttl=None)
+        last = store.replace(prefix + "a", b"2", ttl=None, expected=first.revision)
+        store.create(prefix + "b", b"3", ttl=None)
+        backend.compact()
+        for revision in (first.revision, last.revision + 1000):
+            with pytest.raises(Forgotten):
+                store.list(prefix, at=revision)
 
     def test_list_is_by_key_and_holds_only_the_prefix(self, store: Store, prefix: str) -> None:
         for name in ("b", "a/x", "a", "ü", "c"):

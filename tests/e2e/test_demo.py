@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import flanctl
+from tests.support.cli import flanctl, program
 from tests.support.deadline import until
 
 pytestmark = [pytest.mark.needs("root", "netns", "tun", "iptables", "ping"), pytest.mark.timeout(120)]
@@ -35,7 +35,7 @@ def left(folder: Path) -> list[str]:
 
 def started(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "flanctl", "demo", *words],
+        [*program(), "demo", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

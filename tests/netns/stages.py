@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flanctl._native as native
+from flanctl import files
 from flanctl.agent.daemon import Agent, Options
 from flanctl.agent.kernel.netlink import LinkMonitor, NetlinkKernel
 from flanctl.agent.log import Log
@@ -95,7 +96,7 @@ class Steps:
         self.wrap(native, "DataPlane")
         self.wrap(LinkMonitor, "__init__")
         for owner, name in (
-            (tempfile, "mkstemp"), (os, "fsync"), (os, "rename"), (fcntl, "flock"), (subprocess, "run"),
+            (files, "replace_file"), (os, "fsync"), (os, "rename"), (fcntl, "flock"), (subprocess, "run"),
         ):  # fmt: skip
             self.wrap(owner, name)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.needs("root", "netns", "tun", "iptables")
-FILES = ["run", "run/agent.lock", "state", "state/state.json", "subnet.env"]
+FILES = ["run", "run/agent.lock", "state", "state/known.json", "state/state.json", "subnet.env"]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_after_a_start_that_ends_at_any_step_the_next_takes_the_same_subnet_and_
             "DataPlane",
             "add_route",
             "run",
-            "mkstemp",
+            "replace_file",
         }
         assert steps >= {"fsync", "rename", "ready"}
     for trial in trials:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv4Network
 from typing import TYPE_CHECKING, Self
 
+from tests.support.cli import program
 from tests.support.deadline import until
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ READY_SECONDS = 30.0
 """A start is well under a second; two busy cores with a whole test suite on them take longer."""
 STOP_SECONDS = 5.0
 """What the agent promises after SIGTERM."""
-FLANCTL = [sys.executable, "-m", "flanctl"]
+FLANCTL = program()
+READY = r"(?m)^(?:\S+|[IWE]\d{4} .*\]) ready +(network=.*)$"
+"""The ready line in flanctl's form and in glog's."""
 
 
 def environment(endpoints: str = "", **more: str) -> dict[str, str]:
@@ -73,30 +76,37 @@ class RunningAgent:
     options: tuple[str, ...]
     process: subprocess.Popen[Any]
     more: Mapping[str, str] = field(default_factory=dict)
+    name: str = "flanctl"
+    """The program it was started as: flanctl, flanneld or flanneld-start."""
     _from: int = 0
     """Where in the log file this process began."""
 
     @classmethod
-    def start(cls, host: Host, folder: Path, endpoints: str, *options: str, **more: str) -> Self:
+    def start(
+        cls, host: Host, folder: Path, endpoints: str, *options: str, name: str = "flanctl", **more: str
+    ) -> Self:
         """Start and return at once. `folder` is made; `more` are environment variables.
 
-        The folder holds `agent.log`, `subnet.env`, `state/` and `run/`; options given later win over these.
+        The folder holds `agent.log`, `subnet.env`, `state/` and `run/`; options given later win over these. As
+        `flanneld` or `flanneld-start` it gets no endpoints but those in `options` and `more`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "agent.log"
         begin = log.stat().st_size if log.exists() else 0
-        command = [
-            *FLANCTL, "agent", "--subnet-file", str(folder / "subnet.env"), "--state-dir", str(folder / "state"),
-            "--run-dir", str(folder / "run"), *options,
-        ]  # fmt: skip
+        command = [*program(name), *(["agent"] if name == "flanctl" else [])]
+        command += ["--subnet-file", str(folder / "subnet.env"), *options]
+        env = environment(endpoints if name == "flanctl" else "", **more)
+        env |= {"FLANCTL_STATE_DIR": str(folder / "state"), "FLANCTL_RUN_DIR": str(folder / "run")}
         with log.open("ab") as stream:
-            process = host.popen(command, env=environment(endpoints, **more), stdout=stream, stderr=stream)
-        return cls(host, folder, endpoints, options, process, more, begin)
+            process = host.popen(command, env=env, stdout=stream, stderr=stream)
+        return cls(host, folder, endpoints, options, process, more, name, begin)
 
     def again(self) -> Self:
         """A new process in place of this one, which has ended."""
         assert self.process.poll() is not None, f"still running: {self}"
-        return type(self).start(self.host, self.folder, self.endpoints, *self.options, **self.more)
+        return type(self).start(
+            self.host, self.folder, self.endpoints, *self.options, name=self.name, **self.more
+        )
 
     # ---- what it says -------------------------------------------------------------------------------------------
 
@@ -123,7 +133,7 @@ class RunningAgent:
 
     def wait_ready(self, *, seconds: float = READY_SECONDS) -> dict[str, str]:
         """The fields of the ready line: network, subnet, backend, data-path, mtu, public-ip, peers."""
-        return fields_of(self.wait_log(r"(?m)^\S+ ready +(network=.*)$", seconds=seconds)[1])
+        return fields_of(self.wait_log(READY, seconds=seconds)[1])
 
     def wait(self, *, seconds: float = READY_SECONDS) -> Self:
         """Itself, once it is ready: `agent = RunningAgent.start(...).wait()`."""

@@ -78,6 +78,26 @@ def _kernel_link(kind: str) -> Callable[[], str | None]:
     return look
 
 
+def frozen_executable() -> Path:
+    """The one-file build under test: $FLANCTL_EXE, or what `make freeze` made."""
+    return Path(os.environ.get("FLANCTL_EXE") or "dist/flanctl").absolute()
+
+
+def _frozen() -> str | None:
+    path = frozen_executable()
+    if not path.exists():
+        return f"no {path}: make freeze"
+    try:
+        probe = subprocess.run([path, "version"], capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} does not run: {error}"
+    return None if probe.returncode == 0 else f"{path} does not run: {probe.stderr.strip()}"
+
+
+def _debian_tree() -> str | None:
+    return _netns() or _program("mmdebstrap", "dpkg-deb", "chroot")()
+
+
 _PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "netns": _netns,
@@ -90,6 +110,13 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "etcd34": _etcd34,
     "etcd37": _etcd37,
     "dockerd": _dockerd,
+    "frozen": _frozen,
+    "debian-tree": _debian_tree,
+    "go": _program("go"),
+    "rpm": _program("rpm"),
+    "systemd": _program("systemd-analyze"),
+    "mandoc": _program("mandoc"),
+    "shells": _program("bash", "zsh", "fish"),
 }
 NAMES = tuple(_PROBES)
 

@@ -66,5 +66,11 @@ def test_commands_that_need_no_registry_load_nothing_heavy(case, subnet_env):
 def test_a_command_on_sqlite_loads_no_etcd_client(tmp_path):
     registry = f"sqlite:{tmp_path / 'r.db'}"
     loaded("net", "init", "--network", "10.0.0.0/16", "--endpoints", registry)
-    modules = loaded("subnets", "ls", "-w", "simple", "--endpoints", registry)
-    assert not modules & {"grpc", "etcd3", "pyroute2", "asyncio", "ssl", "http.client", "tabulate"}
+    for words in (
+        ["subnets", "ls"],
+        ["reserve", "10.0.7.0/24", "192.168.6.2", "--yes"],
+        ["unreserve", "192.168.6.2", "--yes"],
+        ["watch", "--for", "10ms"],
+    ):
+        modules = loaded(*words, "-w", "simple", "--endpoints", registry)
+        assert not modules & {"grpc", "etcd3", "pyroute2", "asyncio", "ssl", "http.client", "tabulate"}, words

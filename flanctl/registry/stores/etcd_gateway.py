@@ -27,6 +27,7 @@ from flanctl.registry.stores.store import (
     Delete,
     Entry,
     Event,
+    Forgotten,
     KeyExists,
     Progress,
     Put,
@@ -126,12 +127,12 @@ class EtcdGatewayStore:
         left, _ = self._time_to_live(entry.lease, deadline)
         return replace(entry, ttl=left)
 
-    def list(self, prefix: str) -> Snapshot:
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
         deadline = self._deadline()
         start, end = _range(prefix.encode())
         entries: list[Entry] = []
         unreadable: list[Unreadable] = []
-        revision = 0
+        revision = at or 0
         while True:
             question: dict[str, Any] = {"key": _b64(start), "range_end": _b64(end), "limit": str(_PAGE)}
             if revision:
@@ -141,6 +142,8 @@ class EtcdGatewayStore:
             except _Refused as refused:
                 if refused.code != _OUT_OF_RANGE or not revision:
                     raise self.explain(refused, f"list {prefix}") from None
+                if at is not None:
+                    raise Forgotten(at) from None
                 # Compacted between two pages: what we have is of a revision nobody knows any more.
                 start, revision = _range(prefix.encode())[0], 0
                 entries.clear()

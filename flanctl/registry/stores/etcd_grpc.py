@@ -36,6 +36,7 @@ from flanctl.registry.stores.store import (
     Delete,
     Entry,
     Event,
+    Forgotten,
     KeyExists,
     Progress,
     Put,
@@ -230,10 +231,10 @@ class EtcdGrpcStore:
             return entry
         return replace(entry, ttl=self._time_to_live(entry.lease, deadline)[0])
 
-    def list(self, prefix: str) -> Snapshot:
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
         deadline = self._deadline()
         first, end = _range(prefix.encode())
-        start, revision = first, 0
+        start, revision = first, at or 0
         entries: list[Entry] = []
         unreadable: list[Unreadable] = []
         while True:
@@ -243,6 +244,8 @@ class EtcdGrpcStore:
             except _Refused as refused:
                 if refused.code is not _Code.OUT_OF_RANGE or not revision:
                     raise self.explain(refused, f"list {prefix}") from None
+                if at is not None:
+                    raise Forgotten(at) from None
                 # Compacted between two pages: what we have is of a revision nobody knows any more.
                 start, revision = first, 0
                 entries.clear()

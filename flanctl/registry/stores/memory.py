@@ -23,6 +23,7 @@ from flanctl.registry.stores.store import (
     Delete,
     Entry,
     Event,
+    Forgotten,
     KeyExists,
     Progress,
     Put,
@@ -87,6 +88,25 @@ class _Data:
             self.compacted = _revision(forgotten[-1])
         self.changed.notify_all()
 
+    def past(self, prefix: str, at: int) -> Snapshot:
+        """What was below `prefix` at revision `at`: what has not changed since, and what the history says of the rest."""
+        if not self.compacted <= at <= self.revision:
+            raise Forgotten(at)
+        found = {key: entry for key, entry in self.entries.items() if entry.revision <= at}
+        later: set[str] = set()
+        for event in self.history:
+            key = _key(event)
+            if _revision(event) > at:
+                later.add(key)
+            elif isinstance(event, Put):
+                found[key] = event.entry
+            else:
+                found.pop(key, None)
+        if self.compacted and any(key.startswith(prefix) for key in later - found.keys()):
+            raise Forgotten(at)  # it may be new, or its old value may have been compacted away
+        entries = tuple(replace(found[key], ttl=None) for key in sorted(found) if key.startswith(prefix))
+        return Snapshot(entries, at)
+
     def expire(self) -> None:
         now = self.clock.now()
         for key in sorted(key for key, end in self.expiry.items() if end <= now):
@@ -142,8 +162,10 @@ class MemoryStore:
     def get(self, key: str) -> Entry | None:
         return self._do("get", lambda: self._with_ttl(self._data.entries.get(key)))
 
-    def list(self, prefix: str) -> Snapshot:
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
         def act() -> Snapshot:
+            if at is not None:
+                return self._data.past(prefix, at)
             found = sorted(key for key in self._data.entries if key.startswith(prefix))
             entries = tuple(replace(self._data.entries[key], ttl=None) for key in found)
             unreadable = sorted(key for key in self._data.unreadable if key.startswith(prefix.encode()))

@@ -139,8 +139,8 @@ class FallbackStore:
     def get(self, key: str) -> Entry | None:
         return self.ask(lambda store: store.get(key))
 
-    def list(self, prefix: str) -> Snapshot:
-        return self.ask(lambda store: store.list(prefix))
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
+        return self.ask(lambda store: store.list(prefix, at=at))
 
     def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         return self.ask(lambda store: store.with_ttl(entries))

@@ -31,6 +31,7 @@ from flanctl.registry.stores.store import (
     Delete,
     Entry,
     Event,
+    Forgotten,
     KeyExists,
     Progress,
     Put,
@@ -71,6 +72,10 @@ _SCHEMA = (
 )
 
 
+_Row = tuple[bytes, bytes, int, str | None]
+"""Key, value, revision, lease."""
+
+
 class _Meta(NamedTuple):
     revision: int
     compacted: int
@@ -100,19 +105,16 @@ class SqliteStore:
         with self._file.reading() as look:
             return look.entry(_encoded(key))
 
-    def list(self, prefix: str) -> Snapshot:
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
         entries: list[Entry] = []
         unreadable: list[Unreadable] = []
         with self._file.reading() as look:
-            for key, value, revision, lease in look.execute(
-                "SELECT key, value, revision, lease FROM keys WHERE key >= ? AND key < ? ORDER BY key",
-                _range(prefix),
-            ):
+            for key, value, revision, lease in look.below(prefix) if at is None else look.past(prefix, at):
                 if (text := _decoded(key)) is None:
                     unreadable.append(Unreadable(key))
                 else:
                     entries.append(Entry(text, value, revision, lease))
-            return Snapshot(tuple(entries), look.meta.revision, tuple(unreadable))
+            return Snapshot(tuple(entries), look.meta.revision if at is None else at, tuple(unreadable))
 
     def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         with self._file.reading() as look:
@@ -447,6 +449,34 @@ class _Transaction:
             return None
         value, revision, lease, ends = row
         return Entry(key.decode(), value, revision, lease, None if ends is None else ends - self._now)
+
+    def below(self, prefix: str) -> list[_Row]:
+        """Key, value, revision and lease of everything whose key starts with `prefix`, by key."""
+        rows: list[_Row] = self.execute(
+            "SELECT key, value, revision, lease FROM keys WHERE key >= ? AND key < ? ORDER BY key",
+            _range(prefix),
+        ).fetchall()
+        return rows
+
+    def past(self, prefix: str, at: int) -> list[_Row]:
+        """The same at revision `at`: what has not changed since, and what the log says of the rest. Raises Forgotten."""
+        if not self.meta.compacted <= at <= self.meta.revision:
+            raise Forgotten(at)
+        found = {row[0]: row for row in self.below(prefix) if row[2] <= at}
+        later: set[bytes] = set()
+        for revision, key, value, lease in self.execute(
+            "SELECT revision, key, value, lease FROM events WHERE key >= ? AND key < ? ORDER BY revision",
+            _range(prefix),
+        ):
+            if revision > at:
+                later.add(key)
+            elif value is None:
+                found.pop(key, None)
+            else:
+                found[key] = (key, value, revision, lease)
+        if self.meta.compacted and later - found.keys():
+            raise Forgotten(at)  # it may be new, or its old value may have been compacted away
+        return [found[key] for key in sorted(found)]
 
     def ttl_of(self, entry: Entry) -> float:
         """By the lease, not by the key: the key may have been written anew since."""

@@ -108,6 +108,15 @@ class Changed(errors.Conflict):
         self.current = current
 
 
+class Forgotten(errors.FlanctlError):
+    """The store does not know, or no longer, how things were at that revision."""
+
+    default_id = "forgotten"
+
+    def __init__(self, revision: int) -> None:
+        super().__init__(f"the registry does not know what it held at revision {revision}")
+
+
 class Watch(Protocol):
     """Events in revision order, each once. Iterating blocks.
 
@@ -144,8 +153,12 @@ class Store(Protocol):
         """The entry with its TTL, or None."""
         ...
 
-    def list(self, prefix: str) -> Snapshot:
-        """Everything whose key starts with `prefix`, at one revision, read through consensus. TTLs are not asked."""
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
+        """Everything whose key starts with `prefix`, at one revision, read through consensus. TTLs are not asked.
+
+        That revision is now, or `at`. Raises Forgotten for one that lies in the future or was compacted; a store
+        that keeps no values of the past may raise it for any.
+        """
         ...
 
     def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:

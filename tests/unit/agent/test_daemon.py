@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import threading
 import time
+from base64 import b64encode
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
@@ -28,7 +30,15 @@ from flanctl.agent.log import Log
 from flanctl.agent.notify import Notify
 from flanctl.agent.state import State
 from flanctl.agent.underlay import Underlay
-from flanctl.errors import Conflict, FlanctlError, LeaseLost, NotFound, NotPermitted, RegistryUnreachable
+from flanctl.errors import (
+    Conflict,
+    FlanctlError,
+    Invalid,
+    LeaseLost,
+    NotFound,
+    NotPermitted,
+    RegistryUnreachable,
+)
 from flanctl.model.dialect import Dialect
 from flanctl.registry.stores.memory import MemoryStore
 from tests.support.clock import FakeClock
@@ -146,7 +156,7 @@ class House:
         self.agents = 0
         self.renew()
 
-    def renew(self) -> None:
+    def renew(self, *, patient: bool = False) -> None:
         """The same host after its agent ended: files and registry stay."""
         self.agents += 1
         self.steps: list[str] = []
@@ -157,7 +167,7 @@ class House:
         self.monitor_stopped = threading.Event()
         self.monitor: Callable[[], object] = self.monitor_stopped.wait
         self.store = self.registry.another()
-        self.options()
+        self.options(patient=patient)
 
     def options(self, **more: float) -> None:
         self.agent = Agent(
@@ -166,11 +176,20 @@ class House:
             ),
             store=self.store,
             dialect=Dialect.V0_28,
-            look=lambda config: FakeMachine(self, config),  # type: ignore[arg-type,return-value]
+            look=self.look,  # type: ignore[arg-type]
             log=Log(self.text, journal=False),
             notify=Notify(f"@flanctl-test-{os.getpid()}"),
             clock=self.clock,
         )  # fmt: skip
+
+    def look(self, config) -> FakeMachine:
+        if config.backend_type != "udp":
+            raise Invalid(f'no backend "{config.backend_type}"', id="backend-unsupported")
+        return FakeMachine(self, config)
+
+    def reconfigure(self, text: bytes) -> None:
+        entry = self.registry.get(f"{PREFIX}/config")
+        self.registry.replace(entry.key, text, ttl=None, expected=entry.revision)
 
     def note(self, step: str) -> None:
         self.steps.append(step)
@@ -827,6 +846,12 @@ def test_a_restart_after_data_loss_puts_the_lease_back_and_says_that_the_config_
         (lambda known: known | {"format": 2}, "known.json cannot be understood"),
         (lambda known: known | {"peers": [["172.17.1.0/24"]]}, "known.json cannot be understood"),
         (lambda known: known | {"lease": [known["lease"][0], "e30=", 1, "1"]}, "waiting: no answer"),
+        (
+            lambda known: (
+                known | {"lease": [known["lease"][0], b64encode(b'{"PublicIP":"1.2.3.4"}').decode(), 1, "1"]}
+            ),
+            "waiting: no answer",  # this host has another address now
+        ),
         (lambda known: known | {"config": "e30="}, "Network"),
         (lambda known: [], "known.json cannot be understood"),
     ],
@@ -1173,3 +1198,76 @@ def test_the_lock_of_a_dead_agent_holds_nobody_up(house):
     (house.folder / "lock").mkdir()
     (house.folder / "lock" / "agent.lock").write_text("4711\n")
     house.live_until_ready()
+
+
+# ---- as patient as flanneld -----------------------------------------------------------------------------------------
+
+TINY = b'{"Network":"172.17.0.0/22","SubnetLen":24,"SubnetMin":"172.17.1.0","SubnetMax":"172.17.1.0"}'
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (b'{"Network":"172.17.0.0/16",', "waiting: /jxdd/network/config"),
+        (b'{"Network":"fc00::/16"}', "waiting: /jxdd/network/config"),
+        (b'{"Network":"172.17.0.0/16","Backend":{"Type":"vxlan"}}', 'waiting: no backend "vxlan"'),
+        (TINY, "waiting: 1 of 1 subnets taken"),
+    ],
+    ids=["broken", "wrong", "another backend", "full"],
+)
+def test_flanneld_waits_until_the_config_lets_it_start(empty_house, config, says):
+    """0.7.1 tries for ever; what another hand mends is taken at the next look, and said about once a minute."""
+    house = empty_house
+    house.configure(config)
+    house.peer(1)
+    house.renew(patient=True)
+
+    with systemd() as heard:
+
+        def script():
+            house.said(says)
+            for _ in range(25):  # two minutes
+                until(lambda: house.clock.waiting)
+                before = house.agent._waits._since.copy()
+                house.clock.advance(5.0)
+                until(lambda before=before: house.agent._waits._since != before)
+                heard()  # the kernel keeps ten for a systemd that does not listen
+            assert house.log().count("waiting: ") == 3
+            assert house.log().count("registry ") <= 1
+            assert house.log().count("forwarding is off") <= 1
+            house.reconfigure(b'{"Network":"172.17.0.0/16"}')
+            until(lambda: house.clock.waiting)
+            house.clock.advance(5.0)
+            house.ready()
+
+        house.live(script)
+        waited = [text for text in heard() if text.startswith("STATUS=waiting for /jxdd/network/config: ")]
+    assert len(waited) > 20
+    assert all(re.search(r"\nEXTEND_TIMEOUT_USEC=\d+$", text) for text in waited)
+    assert len(house.ours()) == 1
+    assert house.steps.count("close") == house.steps.count("check")
+
+
+def test_a_stop_ends_the_patience(empty_house):
+    empty_house.configure(TINY)
+    empty_house.peer(1)
+    empty_house.renew(patient=True)
+    empty_house.live(lambda: empty_house.said("waiting: "))
+    assert empty_house.ours() == []
+    assert "reason=SIGTERM lease=none" in empty_house.log()
+
+
+@pytest.mark.parametrize("config", [b"{", TINY], ids=["broken", "full"])
+def test_flanctl_agent_has_no_such_patience(empty_house, config):
+    empty_house.configure(config)
+    empty_house.peer(1)
+    with pytest.raises((Invalid, Conflict)):
+        empty_house.live(lambda: until(lambda: empty_house.agent.phase is Phase.STOPPED))
+
+
+def test_a_device_somebody_holds_is_not_waited_for(house):
+    """Two agents on one host: the second ends with one line."""
+    house.renew(patient=True)
+    house.failures["check"] = Conflict("flannel0 is held by flanneld (pid 7)", id="device-busy")
+    with pytest.raises(Conflict):
+        house.live(lambda: until(lambda: house.agent.phase is Phase.STOPPED))

@@ -54,3 +54,14 @@ def test_a_lasting_trouble_is_said_at_once_after_a_minute_ten_and_every_hour():
     assert repeated.over("etcd") is not None
     assert repeated.over("etcd") is None
     assert repeated.worth_saying("etcd") == 1
+
+
+def test_flanneld_says_it_every_minute():
+    clock = FakeClock()
+    repeated, said = Repeated(clock, every=60.0), []
+    start = clock.now()
+    while clock.now() - start <= 200:
+        if repeated.worth_saying("etcd"):
+            said.append(round(clock.now() - start))
+        clock.advance(5.0)
+    assert said == [0, 60, 120, 180]

@@ -13,7 +13,7 @@ import pytest
 
 from flanctl import errors
 from flanctl.cli import flanctl as root
-from tests.support.cli import flanctl
+from tests.support.cli import flanctl, program
 
 COMMANDS = [
     "net init",
@@ -21,6 +21,12 @@ COMMANDS = [
     "net validate",
     "subnets ls",
     "subnets get",
+    "subnets watch",
+    "watch",
+    "release",
+    "reserve",
+    "unreserve",
+    "capacity",
     "agent",
     "docker-opts",
     "demo",
@@ -127,7 +133,7 @@ def test_errors_are_json_when_answers_are():
 
 def test_debug_shows_where_an_error_came_from():
     done = subprocess.run(
-        [sys.executable, "-m", "flanctl", "subnets", "get", "x", "--debug"],
+        [*program(), "subnets", "get", "x", "--debug"],
         capture_output=True,
         text=True,
         check=False,
@@ -137,7 +143,7 @@ def test_debug_shows_where_an_error_came_from():
 
 
 def test_a_closed_pipe_ends_quietly():
-    script = f"{sys.executable} -m flanctl completion bash | true; exit ${{PIPESTATUS[0]}}"
+    script = f"{program()[0]} completion bash | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -147,7 +153,7 @@ def test_a_closed_pipe_ends_quietly():
 def test_a_full_disk_on_stdout_is_an_error(words, buffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "flanctl", *words],
+            [*program(), *words],
             env={**os.environ, "PYTHONUNBUFFERED": buffered},
             stdout=full,
             stderr=subprocess.PIPE,
@@ -164,7 +170,7 @@ def test_a_closed_stderr_does_not_decide_what_is_written(tmp_path):
     """A warning that nobody reads must not turn into an exit code, nor keep the config from being written."""
     registry = f"sqlite:{tmp_path / 'r.db'}"
     for number, closing in enumerate(("2>&1 >/dev/null | true", "2>&-", "2>/dev/full")):
-        words = f"{sys.executable} -m flanctl net init - --endpoints {registry} --prefix /p{number}"
+        words = f"{program()[0]} net init - --endpoints {registry} --prefix /p{number}"
         script = (
             f'echo \'{{"Network":"172.31.0.0/16","Foo":1}}\' | {words} {closing}; exit ${{PIPESTATUS[1]}}'
         )
@@ -178,7 +184,7 @@ def test_a_closed_stderr_does_not_decide_what_is_written(tmp_path):
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
 def test_closed_standard_streams_do_no_harm(closed):
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m flanctl version {closed}"],
+        ["bash", "-c", f"{program()[0]} version {closed}"],
         capture_output=True,
         text=True,
         check=False,

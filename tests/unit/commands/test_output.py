@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +34,6 @@ def test_ages(seconds, text):
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=4))
 def test_no_value_breaks_a_line_or_steers_the_terminal(cells):
-    import io
     from contextlib import redirect_stdout
 
     stream = io.StringIO()
@@ -41,3 +43,48 @@ def test_no_value_breaks_a_line_or_steers_the_terminal(cells):
     assert text.count("\n") == 1
     assert text.count("\t") == len(cells) - 1
     assert "\x1b" not in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """A clock in a list."""
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_on_a_terminal_is_one_line_after_a_second_and_leaves_none(monkeypatch, seconds):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with output.Progress("asking") as progress:
+        progress(1, 20)
+        assert stream.getvalue() == ""
+        seconds[0] = 1.0
+        progress(5, 20)
+        progress(6, 20)
+        seconds[0] = 1.2
+        progress(7, 20)
+    assert stream.getvalue() == "\r\x1b[Kasking: 5 of 20\r\x1b[Kasking: 7 of 20\r\x1b[K"
+
+
+def test_progress_in_a_log_is_a_line_after_ten_seconds_and_each_half_minute(monkeypatch, seconds):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with output.Progress("asking") as progress:
+        for now in range(75):
+            seconds[0] = float(now)
+            progress(now, 75)
+    assert stream.getvalue() == "asking: 10 of 75\nasking: 40 of 75\nasking: 70 of 75\n"
+
+
+def test_quick_work_says_nothing(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with output.Progress("asking") as progress:
+        progress(20, 20)
+    assert stream.getvalue() == ""

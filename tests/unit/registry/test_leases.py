@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -23,6 +24,7 @@ from flanctl.registry.leases import (
     RegistryBack,
     RegistryTrouble,
     renew_after,
+    usage,
 )
 from flanctl.registry.stores.memory import MemoryStore
 from tests.support.clock import FakeClock
@@ -751,3 +753,57 @@ class Hosts(RuleBasedStateMachine):
 
 Hosts.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestHosts = Hosts.TestCase
+
+
+def nets(low, high):
+    return st.builds(
+        lambda address, length: IPv4Network((address, length), strict=False),
+        st.integers(int(IPv4Address("10.0.0.0")) - 64, int(IPv4Address("10.0.1.0")) + 64),
+        st.integers(low, high),
+    )
+
+
+@given(
+    st.lists(st.tuples(nets(22, 31), st.booleans(), st.booleans()), max_size=12, unique_by=lambda one: one[0])
+)
+def test_usage_counts_each_subnet_once_whatever_covers_it(keys):
+    """Against counting one by one: a lease wins over a reservation, that over a key that cannot be read."""
+    small = config('{"Network":"10.0.0.0/24","SubnetLen":28}')
+    store = MemoryStore()
+    leases = Leases(store, PREFIX, Dialect.V0_28)
+    for subnet, reserved, bad in keys:
+        value = b"{" if bad else b'{"PublicIP":"192.168.6.2"}'
+        store.create(leases.key(subnet), value, ttl=None if reserved else 60)
+    table = leases.table()
+    leased = [lease for lease in table.leases if not small.network.subnet_of(lease.subnet)]
+    taken = {
+        "leased": [lease.subnet for lease in leased if not lease.reservation],
+        "reserved": [lease.subnet for lease in leased if lease.reservation],
+        "unreadable": [one.subnet for one in table.unreadable if not small.network.subnet_of(one.subnet)],
+    }
+    counted = dict.fromkeys((*taken, "free"), 0)
+    for subnet in small.subnets():
+        by = (name for name, nets in taken.items() if any(subnet.overlaps(one) for one in nets))
+        counted[next(by, "free")] += 1
+    assert asdict(usage(table, small)) == counted
+
+
+def test_next_for_is_what_acquire_takes(leases, store):
+    put(store, "10.0.0.4-30", b'{"PublicIP":"192.168.6.15"}')
+    for previous in ([], [IPv4Network("10.0.0.12/30")], [IPv4Network("10.0.0.4/30")]):
+        expected = leases.next_for(TINY, leases.table(), ONE, previous)
+        held = leases.acquire(TINY, host(ONE), previous=previous)
+        assert held.lease.subnet == expected == leases.next_for(TINY, leases.table(), ONE)
+        leases.release(held.lease)
+    put(store, "10.0.0.8-29", b'{"PublicIP":"192.168.6.15"}')
+    assert leases.next_for(TINY, leases.table(), ONE) is None
+
+
+def test_ttls_are_asked_in_pieces_that_tell_how_far_they_are(leases, store, monkeypatch):
+    monkeypatch.setattr("flanctl.registry.leases.TTL_CHUNK", 2)
+    for third in range(5):
+        put(store, f"172.17.{third}.0-24", b'{"PublicIP":"192.168.6.2"}', ttl=60 + third)
+    said = []
+    table = leases.table(with_ttl=True, progress=lambda *numbers: said.append(numbers))
+    assert [lease.ttl for lease in table.leases] == [60, 61, 62, 63, 64]
+    assert said == [(2, 5), (4, 5), (5, 5)]

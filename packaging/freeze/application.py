@@ -1,0 +1,361 @@
+"""From CPython and the packages to dist/flanctl: stage, resources, packet path, executable, and the parts behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from assemble import assemble
+from checks import check
+from layers import Failure, Layer, say, text_of
+from sbom import write_sbom
+from toolchain import EPOCH_OF_SOURCES, GLIBC, TARGET
+
+if TYPE_CHECKING:
+    from layers import Cache
+    from sources import Source
+    from toolchain import Toolchain
+
+PYO3_CONFIG = "pyo3-build-config-file.txt"
+HERE = "@the folder of this file@"
+MOST_BYTES = 60_000_000
+"""The promise about the file's size."""
+# Of a package only what runs is taken: no tests, no C sources, no typing stubs. grpc's own list of authorities cannot be found
+# in one file (etcd_grpc.py hands the system's to it).
+DROPPED = (
+    "__pycache__", "tests", "bin", "*.pyi", "*.pyx", "*.pxd", "*.pxi", "*.c", "*.cc", "*.h", "*.proto", "*.pth", "py.typed",
+    "_credentials",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Build:
+    """What `flanctl version -w json` tells of the build."""
+
+    revision: str
+    epoch: int
+
+    @classmethod
+    def of(cls, root: Path) -> Build:
+        """From git; SOURCE_DATE_EPOCH goes before the commit's date."""
+
+        def git(*words: str) -> str:
+            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+            return done.stdout.strip() if done.returncode == 0 else ""
+
+        dirty = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        revision = git("rev-parse", "HEAD")
+        epoch = os.environ.get("SOURCE_DATE_EPOCH") or git("log", "-1", "--format=%ct") or EPOCH_OF_SOURCES
+        return cls(revision + dirty if revision else "unknown", int(epoch))
+
+
+class Freeze:
+    """One run: the layers from CPython up."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        tools: Toolchain,
+        root: Path,
+        distribution: tuple[Path, str],
+        locked: dict[str, Source],
+    ) -> None:
+        self.cache, self.tools, self.root, self.locked = cache, tools, root, locked
+        self.distribution, self.distribution_key = distribution
+        self.recipes = root / "packaging/freeze"
+        self.build = Build.of(root)
+
+    def dependencies(self) -> Path:
+        """The locked packages as pip installs them, stripped to what runs; their shared libraries as parts of the file."""
+        lock = self.root / "requirements/runtime.txt"
+
+        def build(folder: Path) -> None:
+            import sys
+
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
+            installed = folder / "installed"
+            self.cache.run(
+                "dependencies",
+                [*pip, "--no-compile", "--no-build-isolation", "--require-hashes"]
+                + ["--target", installed, "-r", lock],
+            )
+            stage = folder / "stage"
+            shutil.copytree(installed, stage, ignore=shutil.ignore_patterns(*DROPPED))
+            shutil.rmtree(installed)
+            libraries = folder / "libraries"
+            libraries.mkdir()
+            for path in sorted(stage.rglob("*.so")):
+                module = str(path.relative_to(stage).with_name(path.name.partition(".")[0])).replace("/", ".")
+                self.cache.run("dependencies", ["strip", "--strip-unneeded", path])
+                path.rename(libraries / f"{module}.so")
+            for folder_of in stage.glob("*.dist-info"):
+                # PyOxidizer writes the data files of one package in random order: with one alone there is none.
+                for path in sorted(folder_of.rglob("*"), reverse=True):
+                    if path.name != "METADATA":
+                        path.rmdir() if path.is_dir() else path.unlink()
+
+        layer = Layer("dependencies", text_of(lock, self.recipes / "application.py"), build)
+        return self.cache.have(layer)
+
+    def native(self) -> tuple[Path, str]:
+        """The packet path as one object whose only global symbol is PyInit__native."""
+        source = self.root / "native"
+        parts = [source / name for name in ("dataplane", "pyext", "Cargo.toml", "Cargo.lock")]
+
+        def build(folder: Path) -> None:
+            target = self.cache.folder / "cargo-native"
+            environment = self.tools.environment(
+                CARGO_TARGET_DIR=str(target),
+                RUSTFLAGS=self._remapped(source),
+                PYO3_NO_PYTHON="1",
+                PYO3_BUILD_EXTENSION_MODULE="1",
+            )
+            self._cargo(
+                "native",
+                ["cargo", "rustc", "--quiet", "--release", "--locked", "--package", "pyext", "--lib"]
+                + ["--crate-type", "staticlib", "--target", TARGET],
+                source,
+                environment,
+                target,
+            )
+            library = target / TARGET / "release/lib_native.a"
+            # It brings its own copies of Rust's library and of pyo3, which must not meet those of pyembed. Without
+            # --force-group-allocation the first panic crashes: a COMDAT group that is dropped takes along the pointer to
+            # the personality function.
+            link = ["ld", "-r", "-S", "--force-group-allocation", "-u", "PyInit__native", "-o"]
+            self.cache.run("native", [*link, folder / "native.o", library])
+            self.cache.run("native", ["objcopy", "--keep-global-symbol=PyInit__native", folder / "native.o"])
+
+        layer = Layer(
+            "native",
+            (*text_of(*parts, self.recipes / "application.py"), self.tools.key, self.tools.rust),
+            build,
+        )
+        return self.cache.have(layer) / "native.o", layer.key
+
+    def resources(self, dependencies: Path, *, import_time: bool = False) -> Path:
+        """PyOxidizer's part: bytecode of everything, libpython, the interpreter's settings."""
+        bzl = self.root / "pyoxidizer.bzl"
+        package = self.root / "flanctl"
+        about = self._about()
+
+        def build(folder: Path) -> None:
+            stage = folder / "stage"
+            shutil.copytree(dependencies / "stage", stage)
+            shutil.copytree(
+                package, stage / "flanctl", ignore=shutil.ignore_patterns(*DROPPED, "_native*.so", ".*")
+            )
+            (stage / "flanctl/_build.py").write_text(about)
+            names = sorted(
+                {path.name.removesuffix(".py") for path in stage.iterdir() if path.suffix in {"", ".py"}}
+            )
+            work = folder / "work"
+            work.mkdir()
+            shutil.copy(bzl, work)
+            digest = hashlib.sha256(self.distribution.read_bytes()).hexdigest()
+            variables = {
+                "DIST": str(self.distribution),
+                "DIST_SHA256": digest,
+                "STAGE": str(stage),
+                "PACKAGES": ",".join(names),
+                "IMPORT_TIME": "1" if import_time else "",
+            }
+            command = [
+                self.tools.pyoxidizer,
+                "build",
+                "resources",
+                "--path",
+                work,
+                "--system-rust",
+                "--release",
+            ]
+            command += ["--target-triple", TARGET]
+            for name, text in variables.items():
+                command += ["--var", name, text]
+            # It compiles a table of modules: with our compiler, whatever this machine's is. What it unpacks goes with it.
+            unpacked = folder / "unpacked"
+            environment = self.tools.environment(CC=str(self.tools.cc), PYOXIDIZER_CACHE_DIR=str(unpacked))
+            self.cache.run("resources", command, cwd=work, env=environment)
+            made = work / "build" / TARGET / "release/resources"
+            self._name_members(made / "libpython3.a")
+            shutil.move(made / "packed-resources", folder)
+            link = folder / "link"
+            link.mkdir()
+            for path in (
+                made / "libpython3.a",
+                made / "default_python_config.rs",
+                *unpacked.rglob("build/lib/*.a"),
+            ):
+                shutil.move(path, link)
+            (link / PYO3_CONFIG).write_text(_anywhere((made / PYO3_CONFIG).read_text()))
+            for path in (work, stage, unpacked):
+                shutil.rmtree(path)
+
+        sources = tuple(
+            f"{path.relative_to(self.root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+            for path in sorted(package.rglob("*.py"))
+            if "__pycache__" not in path.parts
+        )
+        layer = Layer(
+            "resources",
+            (*sources, *text_of(bzl, self.recipes / "application.py"), about, str(import_time))
+            + (self.distribution_key, self.tools.key, dependencies.name),
+            build,
+        )
+        return self.cache.have(layer)
+
+    def _about(self) -> str:
+        """The module flanctl._build."""
+        parts = {name: source.version for name, source in self.locked.items()}
+        return (
+            '"""How this executable was built; written by `make freeze`."""\n\n'
+            f"REVISION = {self.build.revision!r}\nEPOCH = {self.build.epoch!r}\n"
+            f"RUST = {self.tools.rust!r}\nSOURCES = {parts!r}\n"
+        )
+
+    def _name_members(self, library: Path) -> None:
+        """One member of PyOxidizer's libpython has a random name, the only thing in it that differs from run to run."""
+        listed = self.cache.run("resources", ["ar", "t", library]).split()
+        member = next(name for name in listed if name.endswith("-config.o"))
+        run = self.cache.run
+        run("resources", ["ar", "x", library, member], cwd=library.parent)
+        run("resources", ["ar", "dD", library, member])
+        (library.parent / member).rename(library.parent / "config.o")
+        run("resources", ["ar", "rD", library, "config.o"], cwd=library.parent)
+        (library.parent / "config.o").unlink()
+
+    def executable(self, resources: Path, native: tuple[Path, str]) -> Path:
+        """CPython and Rust, linked; the modules are not in it yet, so that their change needs no linking."""
+        crate = self.root / "packaging/executable"
+        link = resources / "link"
+
+        def build(folder: Path) -> None:
+            target = self.cache.folder / "cargo-executable"
+            steady = self.cache.folder / "link"
+            steady.mkdir(exist_ok=True)
+            for path in link.iterdir():
+                # cargo goes by paths and times: where nothing changed it must not see a change.
+                content = path.read_bytes().replace(HERE.encode(), str(steady).encode())
+                copy = steady / path.name
+                if not copy.exists() or copy.read_bytes() != content:
+                    copy.write_bytes(content)
+            environment = self.tools.environment(
+                CARGO_TARGET_DIR=str(target),
+                RUSTFLAGS=self._remapped(crate),
+                PYO3_CONFIG_FILE=str(steady / PYO3_CONFIG),
+                FREEZE_ARTIFACTS=str(steady),
+                FREEZE_NATIVE=str(native[0]),
+                CARGO_ZIGBUILD_ZIG_PATH=str(self.tools.zig),
+            )
+            self._cargo(
+                "executable",
+                [self.tools.folder / "bin/cargo-zigbuild", "zigbuild", "--quiet", "--release", "--locked"]
+                + ["--target", f"{TARGET}.{GLIBC}"],
+                crate,
+                environment,
+                target,
+            )
+            shutil.copy(target / TARGET / "release/flanctl", folder / "flanctl")
+
+        layer = Layer(
+            "executable",
+            (*text_of(link), native[1], self.tools.key, self.tools.rust)
+            + text_of(crate / "src", crate / "build.rs", crate / "Cargo.toml", crate / "Cargo.lock"),
+            build,
+        )
+        return self.cache.have(layer) / "flanctl"
+
+    def _remapped(self, source: Path) -> str:
+        cargo = os.environ.get("CARGO_HOME") or str(Path.home() / ".cargo")
+        places = {str(self.cache.folder): "/build", cargo: "/cargo", str(source): "."}
+        return " ".join(f"--remap-path-prefix={place}={name}" for place, name in places.items())
+
+    def _cargo(
+        self, layer: str, command: list[str | Path], cwd: Path, environment: dict[str, str], target: Path
+    ) -> None:
+        """cargo keeps what it compiled; what an interruption broke in there must not fail every later run."""
+        fresh = not target.exists()
+        try:
+            self.cache.run(layer, command, cwd=cwd, env=environment)
+        except Failure as failure:
+            if fresh or any("error[E" in line for line in failure.details):
+                raise
+            say(f"{layer}: failed; once more without what cargo had kept")
+            shutil.rmtree(target, ignore_errors=True)
+            self.cache.run(layer, command, cwd=cwd, env=environment)
+
+
+def _anywhere(config: str) -> str:
+    """PyOxidizer's settings for pyo3 with HERE for the folders they name, which are others each time."""
+    config = re.sub("(?m)^executable=.*", "executable=python3.11", config)
+    config = re.sub("(?m)(rustc-link-search=native=).*", rf"\g<1>{HERE}", config)
+    return "\n".join(dict.fromkeys(config.splitlines())) + "\n"
+
+
+def freeze(
+    cache: Cache,
+    tools: Toolchain,
+    root: Path,
+    distribution: tuple[Path, str],
+    locked: dict[str, Source],
+    out: Path,
+    *,
+    twice: bool,
+) -> None:
+    """Write `out`/flanctl, .sha256 and .cdx.json, or nothing. Raises Failure."""
+    job = Freeze(cache, tools, root, distribution, locked)
+    digest = _once(job, out)
+    if twice:
+        say("and once more, from the sources of everything that changes with a commit")
+        for name in ("dependencies", "native", "resources", "executable"):
+            shutil.rmtree(cache.folder / name, ignore_errors=True)
+        for name in ("cargo-native", "cargo-executable", "link"):
+            shutil.rmtree(cache.folder / name, ignore_errors=True)
+        again = _once(job, out)
+        if again != digest:
+            raise Failure(
+                "the two builds differ",
+                f"first  {digest}",
+                f"second {again}",
+                hint="compare the layers of both",
+            )
+        say(f"both builds are the same: {digest}")
+
+
+def _once(job: Freeze, out: Path) -> str:
+    dependencies = job.dependencies()
+    native = job.native()
+    resources = job.resources(dependencies)
+    program = job.executable(resources, native)
+    parts = {"packed-resources": resources / "packed-resources"}
+    parts |= {path.stem: path for path in sorted((dependencies / "libraries").glob("*.so"))}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        result = out / "flanctl"
+        new = out / ".flanctl.new"
+        assemble(program, parts, new)
+        check(job.cache, new, program, list(parts.values())[1:], most_bytes=MOST_BYTES)
+        write_sbom(job, dependencies, new, out / "flanctl.cdx.json")
+        digest = hashlib.sha256(new.read_bytes()).hexdigest()
+        (out / "flanctl.sha256").write_text(f"{digest}  flanctl\n")
+        new.rename(result)
+    except OSError as error:
+        raise job.cache.failed("result", f"cannot write to {out}: {error.strerror or error}") from None
+    finally:
+        (out / ".flanctl.new").unlink(missing_ok=True)
+    say(f"{result}: {result.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
+    return digest

@@ -1,0 +1,147 @@
+"""The agent by flannel's names: flanneld and flanneld-start, with flannel's flags, variables and log files."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flanctl.demo.hosts import Lab
+from flanctl.registry.stores.sqlite import SqliteStore
+from tests.support.agents import RunningAgent, environment
+from tests.support.cli import program
+from tests.support.deadline import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flanctl.demo.hosts import Host
+
+pytestmark = pytest.mark.needs("root", "netns", "tun", "iptables")
+PREFIX = "/jxdd/network"
+SUBNET_ENV = re.compile(
+    r"FLANNEL_NETWORK=172\.17\.0\.0/16\nFLANNEL_SUBNET=172\.17\.\d+\.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+)
+LINE = re.compile(r"[IWE]\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ \w+\.py:\d+\] .+")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Lab("names") as lab:
+        yield lab.add_host()
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> str:
+    path = tmp_path / "registry.db"
+    with closing(SqliteStore(str(path))) as store:
+        store.create(f"{PREFIX}/config", b'{"Network":"172.17.0.0/16"}', ttl=None)
+    return f"sqlite:{path}"
+
+
+def test_the_deployment_notes_command_line(host, registry, tmp_path):
+    """flanneld-start as the CentOS unit runs it: files in log_dir, nothing on stderr, ready, SIGTERM, 0."""
+    logs = tmp_path / "log"
+    logs.mkdir()
+    agent = RunningAgent.start(
+        host,
+        tmp_path / "agent",
+        registry,
+        "--logtostderr=false",
+        f"--log_dir={logs}/",
+        "--iface=eth0",
+        name="flanneld-start",
+        FLANNEL_ETCD_ENDPOINTS=registry,
+        FLANNEL_ETCD_PREFIX=PREFIX,
+    )
+    info = logs / "flanneld.INFO"
+    until(
+        lambda: info.exists() and " ready network=172.17.0.0/16 " in info.read_text(),
+        seconds=30,
+        what=str(agent),
+    )
+    assert SUBNET_ENV.fullmatch(agent.subnet_file.read_text())
+    assert Path(f"/proc/{agent.pid}/comm").read_text() == "flanneld\n"
+    assert agent.terminate() == 0
+    assert agent.log_text() == ""
+    name = os.readlink(info)
+    assert re.fullmatch(rf"flanneld\.[\w-]+\.root\.log\.INFO\.\d{{8}}-\d{{6}}\.{agent.pid}", name)
+    lines = info.read_text().splitlines()
+    assert lines[0].startswith("Log file created at: ")
+    assert lines[1].startswith("Running on machine: ")
+    assert lines[2].startswith("Binary: ")
+    assert lines[3] == "Log line format: [IWEF]mmdd hh:mm:ss.uuuuuu threadid file:line] msg"
+    assert all(LINE.fullmatch(line) for line in lines[4:]), lines
+    assert "] stopped after=" in lines[-1]
+
+
+def test_flanneld_logs_to_stderr_and_keeps_its_subnet(host, registry, tmp_path):
+    """Flags in Go's grammar, the rest in FLANNELD_*; started again as `flanctl agent` it has the same subnet."""
+    agent = RunningAgent.start(
+        host,
+        tmp_path / "agent",
+        registry,
+        f"-etcd-endpoints={registry}",
+        "-etcd-prefix",
+        PREFIX,
+        "-ip-masq",
+        name="flanneld",
+        FLANNELD_IFACE="eth0",
+    ).wait()
+    subnet = agent.subnet
+    assert "FLANNEL_IPMASQ=true\n" in agent.subnet_file.read_text()
+    assert all(LINE.fullmatch(line) for line in agent.log_text().splitlines())
+    twice = host.run(
+        [*program("flanneld"), f"-etcd-endpoints={registry}", f"-etcd-prefix={PREFIX}"],
+        env=environment(FLANCTL_RUN_DIR=str(agent.folder / "run"), FLANCTL_STATE_DIR=str(tmp_path / "no")),
+        check=False,
+    )
+    assert twice.returncode == 1
+    assert f"another flanctl agent runs on this host (pid {agent.pid}, " in twice.stderr
+    assert agent.terminate() == 0
+    later = RunningAgent.start(host, tmp_path / "agent", registry, "--iface", "eth0").wait()
+    assert later.subnet == subnet
+    assert later.terminate() == 0
+
+
+def test_a_log_directory_that_is_missing_keeps_nobody_from_starting(host, registry, tmp_path):
+    agent = RunningAgent.start(
+        host,
+        tmp_path / "agent",
+        registry,
+        f"-etcd-endpoints={registry}",
+        f"-etcd-prefix={PREFIX}",
+        "-logtostderr=false",
+        f"-log_dir={tmp_path}/nosuch",
+        "-v=5",
+        "-public-ipv6=fc00::1",
+        name="flanneld",
+    ).wait()
+    assert agent.log_text().count("no log files: ") == 1
+    assert agent.log_text().count(" is ignored: ") == 2
+    assert agent.terminate() == 0
+    assert not (tmp_path / "nosuch").exists()
+
+
+def test_a_wrong_config_is_waited_out_and_a_wrong_interface_or_address_ends_with_1(host, registry, tmp_path):
+    """flannel.md 1.4: 0.7.1 tries a config for ever; a missing interface ends it."""
+    path = registry.removeprefix("sqlite:")
+    with closing(SqliteStore(path)) as store:
+        store.create("/wrong/config", b'{"Network":"172.17.0.0/16","Backend":{"Type":"nosuch"}}', ttl=None)
+    flags = (f"-etcd-endpoints={registry}", "-etcd-prefix=/wrong", "-iface=eth0")
+    agent = RunningAgent.start(host, tmp_path / "agent", registry, *flags, name="flanneld")
+    agent.wait_log(r"waiting: .*nosuch")
+    with closing(SqliteStore(path)) as store:
+        entry = store.get("/wrong/config")
+        store.replace("/wrong/config", b'{"Network":"172.18.0.0/16"}', ttl=None, expected=entry.revision)
+    assert agent.ready["network"] == "172.18.0.0/16"
+    assert agent.terminate() == 0
+    for number, (flag, says) in enumerate({"-iface=nosuch0": "nosuch0", "-public-ip=abc": '"abc"'}.items()):
+        bad = (f"-etcd-endpoints={registry}", f"-etcd-prefix={PREFIX}", flag)
+        agent = RunningAgent.start(host, tmp_path / str(number), registry, *bad, name="flanneld")
+        assert agent.wait_end() == 1
+        assert says in agent.log_text()

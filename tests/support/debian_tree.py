@@ -1,0 +1,70 @@
+"""A Debian tree without Python, in which packages are installed and the executable runs: a host of its own, on disk.
+
+    tree = Tree.unpack(tmp_path / "tree")
+    tree.run("dpkg", "-i", "/flanctl.deb")       # chroot; /proc and /dev exist for this one call
+    assert (tree / "usr/bin/flanctl").exists()
+
+minbase is what debootstrap --variant=minbase makes; iptables is in it because flanctl's packages depend on it. Mounts are made
+in a mount namespace that ends with the call, so none can stay.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+_ARGUMENTS = ("debian", "--variant=minbase", "--include=iptables")
+_ENTER = """
+set -e
+mount -t proc proc "$0/proc"
+mount --rbind /dev "$0/dev"
+exec chroot "$0" "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    root: Path
+
+    @classmethod
+    def unpack(cls, root: Path) -> Self:
+        """The cached tree (made by the first call: half a minute), unpacked into a new folder."""
+        repository = Path(__file__).parents[2]
+        made = subprocess.run(
+            [repository / "scripts/debian-tree", *_ARGUMENTS], capture_output=True, text=True, check=False
+        )
+        assert made.returncode == 0, made.stderr
+        root.mkdir()
+        subprocess.run(["tar", "-C", root, "-xpf", made.stdout.strip(), "--numeric-owner"], check=True)
+        return cls(root)
+
+    def __truediv__(self, path: str) -> Path:
+        return self.root / path
+
+    def run(self, *words: str, timeout: float = 60.0) -> Answer:
+        """Run to the end in the tree, with an empty environment but for PATH."""
+        done = subprocess.run(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, str(self.root), *words],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    def ok(self, *words: str) -> str:
+        """Run; fails unless it ends with 0. Its stdout."""
+        answer = self.run(*words)
+        assert answer.code == 0, f"{words} ended with {answer.code}:\n{answer.out}{answer.err}"
+        return answer.out

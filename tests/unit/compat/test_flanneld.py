@@ -1,0 +1,302 @@
+"""flanneld's command line: flags, variables, refusals, exit codes (flannel.md 1.1 to 1.4)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flanctl.compat import flanneld, flanneld_start
+from flanctl.errors import UsageError
+from flanctl.flanneld_flags import FLAGS, Fate
+from flanctl.settings import TABLE
+from tests.support.cli import program
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PAGES = (Path("docs/from-flannel.md"), Path("docs/from-flannel.zh-CN.md"))
+
+
+def given_by(*words: str, env: Mapping[str, str] | None = None) -> flanneld.CommandLine:
+    line = flanneld.parse(words)
+    flanneld.read_environment(line, env or {})
+    flanneld.refuse(line)
+    return line
+
+
+def settings_by(*words: str, env: Mapping[str, str] | None = None):
+    env = env or {}
+    return flanneld.settings(given_by(*words, env=env), environment=env)
+
+
+def run(name: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*program(name), *words],
+        env={"PATH": os.environ["PATH"], **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_of_ours_that_bears_flannels_name_is_kept_and_the_other_way_round() -> None:
+    ours = {row.flanneld for row in TABLE.values() if row.flanneld is not None}
+    program_flags = {"version", "help", "logtostderr", "alsologtostderr", "stderrthreshold", "log_dir"}
+    assert {flag.name for flag in FLAGS.values() if flag.fate is Fate.KEPT} == ours | program_flags
+
+
+def test_switches_lists_and_numbers_are_the_same_in_both_tables() -> None:
+    kinds = {"switch": "bool", "list": "list", "patterns": "list", "number": "int", "seconds": "int"}
+    for row in TABLE.values():
+        if row.flanneld is not None and row.name != "endpoints":
+            assert FLAGS[row.flanneld].kind == kinds.get(row.kind, "string"), row.name
+
+
+def test_defaults_are_flannels() -> None:
+    """Where the two programs' defaults differ it is written down, once."""
+    for row in TABLE.values():
+        if row.flanneld is not None:
+            assert flanneld.DEFAULTS.get(row.name, row.default or "") == FLAGS[row.flanneld].default, row.name
+    assert settings_by().text("prefix") == "/coreos.com/network"
+    assert settings_by().items("endpoints") == ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_documents_show_the_table(page: Path) -> None:
+    text = page.read_text()
+    rows = dict(re.findall(r"^\| `-([\w-]+)` \| (kept|accepted|refused)", text, re.MULTILINE))
+    assert rows == {flag.name: flag.fate.value for flag in FLAGS.values()}
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_deployment_notes_flags() -> None:
+    chosen = settings_by(
+        "-etcd-endpoints=http://192.168.6.15:2379,http://192.168.6.2:2379", "-etcd-prefix=/jxdd/network",
+        "--logtostderr=false", "--log_dir=/var/log/flannel/", "--iface=eth0",
+    )  # fmt: skip
+    assert chosen.items("endpoints") == ("http://192.168.6.15:2379", "http://192.168.6.2:2379")
+    assert chosen.text("prefix") == "/jxdd/network"
+    assert chosen.source("prefix") == "-etcd-prefix"
+    assert chosen.items("iface") == ("eth0",)
+
+
+def test_the_last_of_a_flag_wins_and_interfaces_collect() -> None:
+    chosen = settings_by("-etcd-prefix=/a", "--etcd-prefix", "/b", "-iface=eth0", "-iface", "eth1")
+    assert chosen.text("prefix") == "/b"
+    assert chosen.items("iface") == ("eth0", "eth1")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--logtostdrr=false"], "flag provided but not defined: -logtostdrr; did you mean -logtostderr?"),
+        (["--log-dir=/x"], "flag provided but not defined: -log-dir; did you mean -log_dir?"),
+        (["--etcd_prefix=/x"], "flag provided but not defined: -etcd_prefix; did you mean -etcd-prefix?"),
+        (["--zzzzzzzz"], "flag provided but not defined: -zzzzzzzz"),
+        (["-ip-masq=maybe"], 'invalid boolean value "maybe" for flag -ip-masq: parse error'),
+        (["-ip-masq=yes"], 'invalid boolean value "yes" for flag -ip-masq: parse error'),
+        (["-iptables-resync", "5s"], 'invalid value "5s" for flag -iptables-resync: parse error'),
+        (["-v="], 'invalid value "" for flag -v: parse error'),
+        (["-stderrthreshold=LOUD"], 'invalid value "LOUD" for flag -stderrthreshold: it is INFO'),
+        (["-iface"], "flag needs an argument: -iface"),
+        (["---x"], "bad flag syntax: ---x"),
+        (["-=x"], "bad flag syntax: -=x"),
+        (["extra"], 'unexpected word "extra"'),
+        (["-ip-masq", "true", "-iface=eth0"], "write -ip-masq=true"),
+        (["--", "-iface=eth0"], 'unexpected word "-iface=eth0"'),
+    ],
+)
+def test_a_command_line_that_means_nothing_is_named(words: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        flanneld.parse(words)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-kube-subnet-mgr"], "Kubernetes"),
+        (["-listen=:8888"], "-etcd-endpoints"),
+        (["-remote=10.0.0.1:8888"], "-etcd-endpoints"),
+        (["-networks=blue,red"], "-etcd-prefix and -subnet-file"),
+        (["-watch-networks"], "-etcd-prefix and -subnet-file"),
+    ],
+)
+def test_what_would_be_another_program_is_refused_with_what_to_use_instead(
+    words: list[str], says: str
+) -> None:
+    with pytest.raises(UsageError, match="is refused: ") as caught:
+        given_by(*words)
+    assert says in str(caught.value)
+
+
+def test_a_refused_flag_at_its_default_is_fine() -> None:
+    line = given_by("-kube-subnet-mgr=false", "-listen=", "-healthz-port=0", "-v=0")
+    assert line.warnings == []
+
+
+def test_a_flag_that_means_nothing_here_makes_one_line() -> None:
+    line = given_by("-v=3", "-kube-api-url=http://x", "-set-node-network-unavailable=false")
+    assert [warning.split(" is ignored: ")[0] for warning in line.warnings] == [
+        "-v", "-kube-api-url", "-set-node-network-unavailable",
+    ]  # fmt: skip
+
+
+def test_a_password_on_the_command_line_works_and_is_warned_of_without_being_shown() -> None:
+    line = given_by("-etcd-username=root", "-etcd-password=geheim")
+    assert flanneld.settings(line, environment={}).text("password") == "geheim"
+    assert any("-etcd-password is seen by everyone" in warning for warning in line.warnings)
+    assert "geheim" not in str(line.warnings)
+
+
+# ---- variables ------------------------------------------------------------------------------------------------------
+
+
+def test_a_variable_counts_where_no_flag_is_given_and_an_empty_one_is_unset() -> None:
+    env = {
+        "FLANNELD_ETCD_PREFIX": "/env",
+        "FLANNELD_IP_MASQ": "T",
+        "FLANNELD_IFACE": "",
+        "FLANNELD_VERSION": "1",
+    }
+    chosen = settings_by("-etcd-prefix=/flag", env=env)
+    assert chosen.text("prefix") == "/flag"
+    assert chosen.switch("ip_masq")
+    assert chosen.optional("iface") is None
+    assert settings_by(env=env).source("prefix") == "FLANNELD_ETCD_PREFIX"
+
+
+def test_a_bad_variable_is_said_and_the_default_used() -> None:
+    line = given_by(env={"FLANNELD_IPTABLES_RESYNC": "abc"})
+    assert line.text("iptables-resync") == "5"
+    assert line.warnings == [
+        'invalid value "abc" for flag FLANNELD_IPTABLES_RESYNC: parse error; the default 5 is used'
+    ]
+
+
+def test_a_variable_can_be_refused_too() -> None:
+    with pytest.raises(UsageError, match="FLANNELD_KUBE_SUBNET_MGR is refused"):
+        given_by(env={"FLANNELD_KUBE_SUBNET_MGR": "true"})
+
+
+def test_it_does_not_read_what_flanneld_never_read() -> None:
+    env = {
+        "FLANNEL_ETCD_ENDPOINTS": "http://no:1",
+        "ETCDCTL_ENDPOINTS": "http://no:2",
+        "FLANNEL_ETCD_KEY": "/no",
+    }
+    chosen = settings_by(env=env)
+    assert chosen.source("endpoints") == chosen.source("prefix") == "flanneld's default"
+
+
+@given(
+    flag=st.none() | st.just("/flag"),
+    ours=st.none() | st.just("/ours"),
+    theirs=st.none() | st.just("/theirs"),
+    other=st.sampled_from(["FLANNEL_ETCD_PREFIX", "FLANNEL_ETCD_KEY", "ETCDCTL_PREFIX"]),
+)
+def test_the_strongest_source_wins(
+    flag: str | None, ours: str | None, theirs: str | None, other: str
+) -> None:
+    env = {other: "/never"}
+    env |= {"FLANCTL_PREFIX": ours} if ours else {}
+    env |= {"FLANNELD_ETCD_PREFIX": theirs} if theirs else {}
+    chosen = settings_by(*([f"-etcd-prefix={flag}"] if flag else []), env=env)
+    assert chosen.text("prefix") == (flag or ours or theirs or "/coreos.com/network")
+
+
+@given(
+    st.lists(
+        st.text(max_size=12) | st.sampled_from([f"-{name}" for name in FLAGS] + ["-v=1", "true"]), max_size=5
+    )
+)
+def test_no_command_line_is_more_than_a_usage_error(words: list[str]) -> None:
+    try:
+        line = given_by(*words)
+    except UsageError as error:
+        assert str(error)
+    else:
+        assert set(line.flags) <= set(FLAGS)
+
+
+# ---- as a process ---------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version_go_to_stderr_and_end_with_0() -> None:
+    for word in ("--help", "-help", "-h"):
+        done = run("flanneld", word)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert all(f"-{name}" in done.stderr for name in FLAGS)
+    done = run("flanneld", "-version", FLANNELD_HELP="true")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(r"flanctl \S+ as flanneld\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--nosuch"], 2),
+        (["--kube-subnet-mgr"], 2),
+        (["-etcd-endpoints="], 2),
+        (["-etcd-prefix="], 2),
+        (["-subnet-lease-renew-margin=1440"], 2),
+        (["-etcd-certfile=/nosuch"], 2),
+        (["-etcd-endpoints=https://127.0.0.1:1", "-etcd-cafile=/nosuch"], 1),
+    ],
+)
+@pytest.mark.needs("root")
+def test_exit_codes(words: list[str], code: int, tmp_path: Path) -> None:
+    done = run("flanneld", *words, FLANCTL_RUN_DIR=str(tmp_path), FLANCTL_STATE_DIR=str(tmp_path))
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr
+
+
+# ---- flanneld-start -------------------------------------------------------------------------------------------------
+
+
+def test_the_centos_script_makes_two_flags() -> None:
+    env = {"FLANNEL_ETCD_ENDPOINTS": "http://a:1", "FLANNEL_ETCD_PREFIX": "/p", "FLANNEL_ETCD": "http://no:1"}
+    assert flanneld_start.flags_from(env) == ["-etcd-endpoints=http://a:1", "-etcd-prefix=/p"]
+
+
+def test_the_older_names_count_where_the_newer_are_empty() -> None:
+    env = {"FLANNEL_ETCD_ENDPOINTS": "", "FLANNEL_ETCD": "http://a:1", "FLANNEL_ETCD_KEY": "/p"}
+    assert flanneld_start.flags_from(env) == ["-etcd-endpoints=http://a:1", "-etcd-prefix=/p"]
+
+
+@pytest.mark.parametrize(
+    ("env", "missing"),
+    [
+        ({}, "FLANNEL_ETCD_ENDPOINTS"),
+        ({"FLANNEL_ETCD_PREFIX": "/p"}, "FLANNEL_ETCD_ENDPOINTS"),
+        ({"FLANNELD_ETCD_ENDPOINTS": "http://a:1", "FLANNEL_ETCD_PREFIX": "/p"}, "FLANNEL_ETCD_ENDPOINTS"),
+        ({"FLANNEL_ETCD": "http://a:1"}, "FLANNEL_ETCD_PREFIX"),
+    ],
+)
+def test_an_empty_result_names_variable_and_file(env: dict[str, str], missing: str) -> None:
+    done = run("flanneld-start", "--iface=eth0", **env)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"flanneld-start: {missing} is empty or not set; give it in /etc/sysconfig/flanneld\n"
+    )
+
+
+def test_flags_given_by_hand_need_no_variable() -> None:
+    assert flanneld_start.flags_from({}, ["-etcd-endpoints=x", "--etcd-prefix", "/p"]) == []
+    assert run("flanneld-start", "--version").returncode == 0
