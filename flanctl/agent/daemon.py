@@ -87,8 +87,8 @@ LINK_PAUSE = 0.5
 """Seconds between two looks for the sake of link events: somebody who fights us over flannel0 must not own the CPU."""
 FATAL = frozenset({"device-foreign", "device-busy"})
 """What trying again does not mend: flannel0 is somebody else's now."""
-REMEMBER_SECONDS = 30.0
-"""Between two writings of what we know; it is written when the agent stops, too."""
+REMEMBER_SECONDS = 5.0
+"""Between two writings of what we know, while it changes; it is written when the agent stops, too."""
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
 MANY_CHANGES = 10
@@ -363,6 +363,8 @@ class Agent:
         while True:
             dirty = False
             soon = min(due, self._looked + LINK_PAUSE) if self._link_changed else due
+            if self._unsaved and self._peers is not None:
+                soon = min(soon, self._saved + REMEMBER_SECONDS)
             wait = max(0.0, soon - self._clock.now())
             for message in self._messages(wait):
                 dirty |= self._take(message, config, machine, held)
@@ -376,8 +378,8 @@ class Agent:
                 self._apply(config, machine, held, rules, with_rules=tick or self.phase is not Phase.READY)
             if tick:
                 self._tell_drops(machine)
-                if self._clock.now() - self._saved >= REMEMBER_SECONDS:
-                    self._write_down()
+            if self._clock.now() >= self._saved + REMEMBER_SECONDS:
+                self._write_down()
 
     def _messages(self, seconds: float) -> Iterator[Message]:
         """The next message, waited for, and all that are there with it."""

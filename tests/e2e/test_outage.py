@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 from flanctl.demo.hosts import Lab
 from tests.e2e.reachability import MTU, RunningPing, wait_until_reachable
 from tests.support.agents import RunningAgent, flanctl
+from tests.support.deadline import until
 from tests.support.etcd import Cluster
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ VERSIONS = [
     pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
     pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
 ]
+
+
+def _remembered(agent: RunningAgent) -> int:
+    """Peers in what the agent leaves to its successor."""
+    return len(json.loads((agent.folder / "state" / "known.json").read_text())["peers"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -49,6 +56,8 @@ def test_agents_started_while_etcd_is_down_carry_packets_and_keep_their_subnets(
         containers = [agent.host.add_container(agent.gateway, MTU) for agent in agents]
         wait_until_reachable(containers[0], containers[1].address)
         subnets = [agent.subnet for agent in agents]
+        for agent in agents:  # within five seconds of a change
+            until(lambda agent=agent: _remembered(agent) == 1, seconds=30, what="the peer is remembered")
 
         cluster.kill(0)
         for agent in agents:
