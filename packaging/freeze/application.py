@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from assemble import assemble
 from checks import check
 from layers import Failure, Layer, say, text_of
-from sbom import write_sbom
+from sbom import python_parts, write_sbom
 from toolchain import EPOCH_OF_SOURCES, GLIBC, TARGET
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Freeze:
         """PyOxidizer's part: bytecode of everything, libpython, the interpreter's settings."""
         bzl = self.root / "pyoxidizer.bzl"
         package = self.root / "flanctl"
-        about = self._about()
+        about = self._about(dependencies)
 
         def build(folder: Path) -> None:
             stage = folder / "stage"
@@ -218,13 +218,16 @@ class Freeze:
         )
         return self.cache.have(layer)
 
-    def _about(self) -> str:
+    def _about(self, dependencies: Path) -> str:
         """The module flanctl._build."""
         parts = {name: source.version for name, source in self.locked.items()}
+        packages = {
+            part["name"]: part["version"] for part in python_parts(dependencies / "stage") if "purl" in part
+        }
         return (
             '"""How this executable was built; written by `make freeze`."""\n\n'
             f"REVISION = {self.build.revision!r}\nEPOCH = {self.build.epoch!r}\n"
-            f"RUST = {self.tools.rust!r}\nSOURCES = {parts!r}\n"
+            f"RUST = {self.tools.rust!r}\nSOURCES = {parts!r}\nPACKAGES = {packages!r}\n"
         )
 
     def _name_members(self, library: Path) -> None:
