@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from assemble import assemble
 from checks import check
-from layers import Failure, Layer, say, text_of
+from layers import Failure, Layer, recipe, say, text_of
 from sbom import python_parts, write_sbom
 from toolchain import EPOCH_OF_SOURCES, GLIBC, TARGET
 
@@ -68,7 +68,6 @@ class Freeze:
     ) -> None:
         self.cache, self.tools, self.root, self.locked = cache, tools, root, locked
         self.distribution, self.distribution_key = distribution
-        self.recipes = root / "packaging/freeze"
         self.build = Build.of(root)
 
     def dependencies(self) -> Path:
@@ -102,13 +101,8 @@ class Freeze:
                 module = str(path.relative_to(stage).with_name(path.name.partition(".")[0])).replace("/", ".")
                 self.cache.run("dependencies", ["strip", "--strip-unneeded", path])
                 path.rename(libraries / f"{module}.so")
-            for folder_of in stage.glob("*.dist-info"):
-                # PyOxidizer writes the data files of one package in random order: with one alone there is none.
-                for path in sorted(folder_of.rglob("*"), reverse=True):
-                    if path.name != "METADATA":
-                        path.rmdir() if path.is_dir() else path.unlink()
 
-        layer = Layer("dependencies", text_of(lock, self.recipes / "application.py"), build)
+        layer = Layer("dependencies", (*text_of(lock), recipe(build), *DROPPED), build)
         return self.cache.have(layer)
 
     def native(self) -> tuple[Path, str]:
@@ -155,7 +149,8 @@ class Freeze:
 
         def build(folder: Path) -> None:
             stage = folder / "stage"
-            shutil.copytree(dependencies / "stage", stage)
+            # No metadata: PyOxidizer writes the data files of a package in random order, and nobody reads them at run time.
+            shutil.copytree(dependencies / "stage", stage, ignore=shutil.ignore_patterns("*.dist-info"))
             shutil.copytree(
                 package, stage / "flanctl", ignore=shutil.ignore_patterns(*DROPPED, "_native*.so", ".*")
             )
@@ -212,7 +207,7 @@ class Freeze:
         )
         layer = Layer(
             "resources",
-            (*sources, *text_of(bzl, self.recipes / "application.py"), about, str(import_time))
+            (*sources, *text_of(bzl), recipe(build), about, str(import_time))
             + (self.distribution_key, self.tools.key, dependencies.name),
             build,
         )
@@ -276,7 +271,7 @@ class Freeze:
 
         layer = Layer(
             "executable",
-            (*text_of(link), native[1], self.tools.key, self.tools.rust)
+            (*text_of(link), recipe(build), native[1], self.tools.key, self.tools.rust)
             + text_of(crate / "src", crate / "build.rs", crate / "Cargo.toml", crate / "Cargo.lock"),
             build,
         )
