@@ -136,7 +136,7 @@ class Freeze:
 
         layer = Layer(
             "native",
-            (*text_of(*parts, self.recipes / "application.py"), self.tools.key, self.tools.rust),
+            (*text_of(*parts), recipe(build), self.tools.key, self.tools.rust),
             build,
         )
         return self.cache.have(layer) / "native.o", layer.key
