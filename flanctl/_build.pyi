@@ -3,3 +3,4 @@ REVISION: str
 EPOCH: int
 RUST: str
 SOURCES: dict[str, str]
+PACKAGES: dict[str, str]

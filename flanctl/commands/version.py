@@ -38,7 +38,6 @@ def about() -> dict[str, Any]:
     import _sqlite3
     import _ssl
     import platform
-    from importlib.metadata import version as installed
 
     try:
         from flanctl import _build  # written by `make freeze`
@@ -54,11 +53,20 @@ def about() -> dict[str, Any]:
         "python": platform.python_version(),
         "openssl": _ssl.OPENSSL_VERSION,
         "sqlite": _sqlite3.sqlite_version,
-        **{name: installed(package) for name, package in PACKAGES.items()},
+        **{
+            name: _installed(package) if _build is None else _build.PACKAGES[package]
+            for name, package in PACKAGES.items()
+        },
         "rust": None if _build is None else _build.RUST,
         "sources": None if _build is None else _build.SOURCES,
         "machine": platform.machine(),
     }
+
+
+def _installed(package: str) -> str:
+    from importlib.metadata import version as installed
+
+    return installed(package)
 
 
 PACKAGES = {

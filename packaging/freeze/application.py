@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from assemble import assemble
 from checks import check
-from layers import Failure, Layer, say, text_of
-from sbom import write_sbom
+from layers import Failure, Layer, recipe, say, text_of
+from sbom import python_parts, write_sbom
 from toolchain import EPOCH_OF_SOURCES, GLIBC, TARGET
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ class Freeze:
     ) -> None:
         self.cache, self.tools, self.root, self.locked = cache, tools, root, locked
         self.distribution, self.distribution_key = distribution
-        self.recipes = root / "packaging/freeze"
         self.build = Build.of(root)
 
     def dependencies(self) -> Path:
@@ -102,13 +101,8 @@ class Freeze:
                 module = str(path.relative_to(stage).with_name(path.name.partition(".")[0])).replace("/", ".")
                 self.cache.run("dependencies", ["strip", "--strip-unneeded", path])
                 path.rename(libraries / f"{module}.so")
-            for folder_of in stage.glob("*.dist-info"):
-                # PyOxidizer writes the data files of one package in random order: with one alone there is none.
-                for path in sorted(folder_of.rglob("*"), reverse=True):
-                    if path.name != "METADATA":
-                        path.rmdir() if path.is_dir() else path.unlink()
 
-        layer = Layer("dependencies", text_of(lock, self.recipes / "application.py"), build)
+        layer = Layer("dependencies", (*text_of(lock), recipe(build), *DROPPED), build)
         return self.cache.have(layer)
 
     def native(self) -> tuple[Path, str]:
@@ -142,7 +136,7 @@ class Freeze:
 
         layer = Layer(
             "native",
-            (*text_of(*parts, self.recipes / "application.py"), self.tools.key, self.tools.rust),
+            (*text_of(*parts), recipe(build), self.tools.key, self.tools.rust),
             build,
         )
         return self.cache.have(layer) / "native.o", layer.key
@@ -151,11 +145,12 @@ class Freeze:
         """PyOxidizer's part: bytecode of everything, libpython, the interpreter's settings."""
         bzl = self.root / "pyoxidizer.bzl"
         package = self.root / "flanctl"
-        about = self._about()
+        about = self._about(dependencies)
 
         def build(folder: Path) -> None:
             stage = folder / "stage"
-            shutil.copytree(dependencies / "stage", stage)
+            # No metadata: PyOxidizer writes the data files of a package in random order, and nobody reads them at run time.
+            shutil.copytree(dependencies / "stage", stage, ignore=shutil.ignore_patterns("*.dist-info"))
             shutil.copytree(
                 package, stage / "flanctl", ignore=shutil.ignore_patterns(*DROPPED, "_native*.so", ".*")
             )
@@ -212,19 +207,22 @@ class Freeze:
         )
         layer = Layer(
             "resources",
-            (*sources, *text_of(bzl, self.recipes / "application.py"), about, str(import_time))
+            (*sources, *text_of(bzl), recipe(build), about, str(import_time))
             + (self.distribution_key, self.tools.key, dependencies.name),
             build,
         )
         return self.cache.have(layer)
 
-    def _about(self) -> str:
+    def _about(self, dependencies: Path) -> str:
         """The module flanctl._build."""
         parts = {name: source.version for name, source in self.locked.items()}
+        packages = {
+            part["name"]: part["version"] for part in python_parts(dependencies / "stage") if "purl" in part
+        }
         return (
             '"""How this executable was built; written by `make freeze`."""\n\n'
             f"REVISION = {self.build.revision!r}\nEPOCH = {self.build.epoch!r}\n"
-            f"RUST = {self.tools.rust!r}\nSOURCES = {parts!r}\n"
+            f"RUST = {self.tools.rust!r}\nSOURCES = {parts!r}\nPACKAGES = {packages!r}\n"
         )
 
     def _name_members(self, library: Path) -> None:
@@ -273,7 +271,7 @@ class Freeze:
 
         layer = Layer(
             "executable",
-            (*text_of(link), native[1], self.tools.key, self.tools.rust)
+            (*text_of(link), recipe(build), native[1], self.tools.key, self.tools.rust)
             + text_of(crate / "src", crate / "build.rs", crate / "Cargo.toml", crate / "Cargo.lock"),
             build,
         )

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from distribution import write_distribution
-from layers import Layer, text_of
+from layers import Layer, recipe, text_of
 from sources import PACKAGES, source_layer
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ def have_distribution(
     keys = []
     libraries = []
     for name in LIBRARIES:
-        recipe = packaging / "libraries" / f"{name}.sh"
+        script = packaging / "libraries" / f"{name}.sh"
         source = source_layer(cache, locked[name])
 
-        def build(folder: Path, source: Layer = source, recipe: Path = recipe, name: str = name) -> None:
+        def build(folder: Path, source: Layer = source, script: Path = script, name: str = name) -> None:
             for part in ("lib", "include"):
                 (folder / part).mkdir()
-            _run_recipe(cache, tools, name, recipe, source, folder)
+            _run_recipe(cache, tools, name, script, source, folder)
 
-        layer = Layer(f"library-{name}", (source.key, tools.key, *text_of(recipe)), build)
+        layer = Layer(f"library-{name}", (source.key, tools.key, *text_of(script), recipe(build)), build)
         libraries.append(layer)
         keys.append(layer.key)
 
@@ -63,14 +63,20 @@ def have_distribution(
 
     layer = Layer(
         "cpython",
-        (source.key, tools.key, *keys, *text_of(recipes, packaging / "freeze" / "distribution.py")),
+        (
+            source.key,
+            tools.key,
+            *keys,
+            *text_of(recipes, packaging / "freeze" / "distribution.py"),
+            recipe(build_cpython),
+        ),
         build_cpython,
     )
     return cache.have(layer) / "distribution.tar.zst", layer.key
 
 
 def _run_recipe(
-    cache: Cache, tools: Toolchain, name: str, recipe: Path, source: Layer, folder: Path, **more: str
+    cache: Cache, tools: Toolchain, name: str, script: Path, source: Layer, folder: Path, **more: str
 ) -> Path:
     """Run a recipe in a copy of the source; returns the copy, which a library has no more use for."""
     work = folder / "work"
@@ -78,11 +84,11 @@ def _run_recipe(
     environment = tools.environment(
         OUT=str(folder),
         JOBS=str(os.cpu_count() or 1),
-        RECIPES=str(recipe.parent),
+        RECIPES=str(script.parent),
         FREEZE_PREFIX_MAP=f"-ffile-prefix-map={work}=.",
         **more,
     )
-    cache.run(name, ["bash", "-euxo", "pipefail", recipe], cwd=work, env=environment)
+    cache.run(name, ["bash", "-euxo", "pipefail", script], cwd=work, env=environment)
     if name != "cpython":
         shutil.rmtree(work)
     return work

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -252,3 +253,8 @@ def text_of(*paths: Path) -> tuple[str, ...]:
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 texts.append(f"{file.relative_to(path.parent)} {digest}")
     return tuple(texts)
+
+
+def recipe(build: Callable[[Path], None]) -> str:
+    """The text of a layer's build function, as one of the layer's inputs."""
+    return inspect.getsource(build)

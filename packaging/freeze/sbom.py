@@ -50,7 +50,7 @@ CLASSIFIED = {
 def write_sbom(job: Freeze, dependencies: Path, executable: Path, out: Path) -> None:
     """Same build, same bytes: the serial number comes from the executable's hash, the date from its build date."""
     digest = hashlib.sha256(executable.read_bytes()).hexdigest()
-    components = [*_c_parts(job), *_python_parts(dependencies / "stage"), *_rust_parts(job)]
+    components = [*_c_parts(job), *python_parts(dependencies / "stage"), *_rust_parts(job)]
     components.sort(key=lambda part: (part["group"], part["name"], part["version"]))
     about = {
         "type": "application",
@@ -113,7 +113,8 @@ def _c_parts(job: Freeze) -> list[dict[str, Any]]:
     return parts
 
 
-def _python_parts(stage: Path) -> list[dict[str, Any]]:
+def python_parts(stage: Path) -> list[dict[str, Any]]:
+    """The packages of the stage by their metadata, and what they carry inside (that has no purl)."""
     parts = []
     for path in sorted(stage.glob("*.dist-info/METADATA")):
         metadata = email.parser.Parser().parsestr(path.read_text())
