@@ -55,6 +55,7 @@ class FakeBackend:
     """Does what the daemon tells it and writes it down."""
 
     data_path = "userspace"
+    device = "flannel0"
     mtu = 1472
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -134,6 +135,9 @@ class FakeMachine:
     def underlay_trouble(self) -> str | None:
         return self._house.trouble
 
+    def docker_bridge(self) -> tuple[str, ...] | None:
+        return self._house.bridge
+
     def link_watch(self, changed):
         return self._house.monitor, self._house.monitor_stopped.set
 
@@ -148,6 +152,7 @@ class House:
         self.folder = folder
         self.clock = FakeClock()
         self.trouble: str | None = None
+        self.bridge: tuple[str, ...] | None = None
         self.registry = MemoryStore(self.clock)
         self.subnet_file = folder / "run" / "subnet.env"
         self.agents = 0
