@@ -346,6 +346,7 @@ class Agent:
         try:
             api.open()
         except OSError as error:
+            api.close()
             self._log.warn(
                 f"flanctl status cannot ask this agent: no {self._options.run_dir}/agent.sock: {error.strerror}"
             )

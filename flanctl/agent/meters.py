@@ -126,6 +126,8 @@ class MeteredStore:
         return self._ask("refresh", lambda: self._store.refresh(entry, ttl=ttl))
 
     def watch(self, prefix: str, *, after: int) -> MeteredWatch:
+        if self._meters.watched is None:
+            self._meters.watched = self._clock.now()  # whoever watches has just listed: what is known is new
         return MeteredWatch(self._store.watch(prefix, after=after), self._meters, self._clock)
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "flanctl_subnets_taken": ("gauge", "How many are taken, by kind."),
     "flanctl_kernel_objects_wanted": ("gauge", "Objects the kernel should have, by kind."),
     "flanctl_kernel_objects_missing": ("gauge", "Those it does not have, by kind."),
-    "flanctl_kernel_repairs_total": ("counter", "Objects put right, the first making included, by kind."),
+    "flanctl_kernel_repairs_total": ("counter", "Objects found missing or wrong and put right, by kind."),
     "flanctl_kernel_failures_total": ("counter", "Tries that left an object missing, by kind."),
     "flanctl_apply_duration_seconds": ("histogram", "How long one comparison with the kernel took."),
     "flanctl_packets_total": ("counter", "Inner packets carried, by direction and path."),

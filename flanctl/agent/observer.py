@@ -166,13 +166,14 @@ class Observer:
         self._path = None
         found: list[Problem] = []
         objects = {one.kind: (one.wanted, one.missing) for one in report.objects}
+        before_ready = self.snapshot.state != "ready"  # what is made for the first time is no repair
         for one in report.objects:
-            self.meters.repairs.add(one.kind, count=one.repaired)
+            self.meters.repairs.add(one.kind, count=0 if before_ready else one.repaired)
             self.meters.failures.add(one.kind, count=one.missing)
         if rules is not None:
             missing = rules if rules_error is not None else 0
             objects["rule"] = rules, missing
-            self.meters.repairs.add("rule", count=rules_repaired)
+            self.meters.repairs.add("rule", count=0 if before_ready else rules_repaired)
             self.meters.failures.add("rule", count=missing)
             self._rules_error, self._address_trouble = rules_error, address_trouble
         elif (before := self._objects.get("rule")) is not None:

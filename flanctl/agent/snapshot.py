@@ -261,7 +261,9 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
         },
         "registry": {
             "store": snapshot.registry,
-            "answers": None if snapshot.answered is None and trouble is None else trouble is None,
+            "answers": None
+            if snapshot.answered is None and trouble is None
+            else trouble is None or trouble.id == "no-config",
             "trouble": None
             if trouble is None
             else {
@@ -292,6 +294,15 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
         ],
         "problems_left_out": max(0, len(found) - SHOWN),
     }
+
+
+FIELDS = (
+    "schema", "host", "version", "pid", "verdict", "state", "state_since", "state_seconds", "started", "as_of",
+    "waiting_for", "network", "prefix", "subnet_file", "backend", "data_path", "device", "mtu", "interface",
+    "public_ip", "lease", "registry", "peers", "kernel", "docker_bridge_matches", "counters", "dropped_recently",
+    "dropped_recently_seconds", "problems", "problems_left_out",
+)  # fmt: skip
+"""The names in a document; without an agent all are null (`flanctl status -w json`)."""
 
 
 def counted(found: tuple[Problem, ...]) -> Counter[str]:

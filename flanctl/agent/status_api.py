@@ -68,7 +68,7 @@ def parse(head: bytes) -> tuple[str, str] | Answer:
     line = re.split(rb"\r?\n", head, maxsplit=1)[0]
     found = _REQUEST_LINE.fullmatch(line)
     if found is None:
-        if re.fullmatch(rb"\S+ \S+ HTTP/\d+\.\d+", line):
+        if re.fullmatch(rb"\S+ \S+ HTTP/(?!1\.)\d+\.\d+", line):
             return Answer(505, "HTTP/1.1, please\n")
         return Answer(400, "this is not HTTP/1.1\n")
     target = found[2].decode("ascii", "replace")
@@ -196,14 +196,14 @@ class StatusApi:
                         self._serve(key.data)
                 self._look_at_the_clock()
         finally:
-            self._close()
+            self.close()
 
     def stop(self) -> None:
         """`run` returns soon; any thread, twice is fine."""
         self._stopping = True
         try:
             os.eventfd_write(self._bell, 1)
-        except OSError:
+        except (OSError, ValueError):
             pass  # it has ended already
 
     def _patience(self) -> float | None:
@@ -320,14 +320,16 @@ class StatusApi:
         self._clients.remove(client)
         client.channel.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of everything; `run` does it at its end, whoever could not `open` does it himself."""
         for client in tuple(self._clients):
             self._drop(client)
         for listener in self._listeners:
             listener.channel.close()
         self._selector.close()
         bell, self._bell = self._bell, -1
-        os.close(bell)
+        if bell >= 0:
+            os.close(bell)
         try:
             if self._inode is not None and os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)

@@ -5,13 +5,14 @@ main thread: agent.run()          script thread: changes the registry, waits for
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
 import signal
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from ipaddress import IPv4Address, IPv4Network
@@ -20,8 +21,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flanctl.agent import state as state_file
-from flanctl.agent.backends.base import ApplyReport, BackendAttributes
-from flanctl.agent.daemon import FAILURES, Agent, LinkChanged, Options, PathFailed, Phase, ShowCounters, lock
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
+from flanctl.agent.daemon import (
+    FAILURES,
+    Agent,
+    LinkChanged,
+    Options,
+    PathFailed,
+    Phase,
+    Reload,
+    ShowCounters,
+    lock,
+)
 from flanctl.agent.kernel.fake import FakeKernel
 from flanctl.agent.log import Log
 from flanctl.agent.notify import Notify
@@ -158,7 +169,9 @@ class House:
         self.agents = 0
         self.renew()
 
-    def renew(self, *, patient: bool = False) -> None:
+    def renew(
+        self, *, patient: bool = False, watchdog: float = 0.0, healthz: tuple[str, int] | None = None
+    ) -> None:
         """The same host after its agent ended: files and registry stay."""
         self.agents += 1
         self.steps: list[str] = []
@@ -171,12 +184,12 @@ class House:
         self.store = self.registry.another()
         self.agent = Agent(
             Options(PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0,
-                patient),
+                patient, healthz),
             store=self.store,
             dialect=Dialect.V0_28,
             look=self.look,  # type: ignore[arg-type]
             log=Log(self.text, journal=False),
-            notify=Notify(f"@flanctl-test-{os.getpid()}"),
+            notify=Notify(f"@flanctl-test-{os.getpid()}", watchdog=watchdog),
             clock=self.clock,
         )  # fmt: skip
 
@@ -885,3 +898,203 @@ def test_a_device_somebody_holds_is_not_waited_for(house):
     house.failures["check"] = Conflict("flannel0 is held by flanneld (pid 7)", id="device-busy")
     with pytest.raises(Conflict):
         house.live(lambda: until(lambda: house.agent.phase is Phase.STOPPED))
+
+
+# ---- seen from outside ------------------------------------------------------------------------------------------------
+
+
+def answers(house, path):
+    """Status and body of a question to the running agent."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as channel:
+        channel.settimeout(10)
+        channel.connect(str(house.folder / "lock" / "agent.sock"))
+        channel.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        reply = b"".join(iter(lambda: channel.recv(65536), b""))
+    head, _, body = reply.decode().partition("\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def told(house):
+    return json.loads(answers(house, "/status")[1])
+
+
+def problem_ids(house):
+    return [problem["id"] for problem in told(house)["problems"]]
+
+
+def test_an_agent_that_waits_is_alive_not_ready_and_says_for_what(empty_house):
+    house = empty_house
+
+    def script():
+        house.said("waiting: ")
+        assert answers(house, "/healthz") == (200, "ok\n")
+        code, body = answers(house, "/readyz")
+        assert code == 503
+        assert body.startswith("no-lease: no network config at /jxdd/network/config")
+        assert told(house)["verdict"] == "starting"
+        assert problem_ids(house) == ["no-config"]
+        house.configure()
+        house.clock.advance(10)
+        house.ready()
+        until(lambda: answers(house, "/readyz") == (200, "ready\n"))
+        assert problem_ids(house) == []
+
+    house.live(script)
+    assert not (house.folder / "lock" / "agent.sock").exists()
+
+
+def test_status_has_lease_network_peers_and_what_the_registry_holds(house):
+    house.peer(7)
+    house.peer(9, b"{}")
+
+    def script():
+        house.ready()
+        until(lambda: told(house)["state"] == "ready")
+        shown = told(house)
+        assert shown["lease"]["subnet"] in {
+            str(IPv4Network(key.rpartition("/")[2].replace("-", "/"))) for key in house.ours()
+        }
+        assert 86390 <= shown["lease"]["seconds_left"] <= 86400
+        assert (shown["network"], shown["public_ip"], shown["mtu"]) == (
+            "172.17.0.0/16",
+            "192.168.66.11",
+            1472,
+        )
+        assert shown["peers"]["count"] == 1
+        assert shown["kernel"]["rule"] == {"wanted": 2, "missing": 0}
+        assert problem_ids(house) == ["bad-value"]
+        assert 'flanctl_subnets_taken{kind="unreadable"} 1\n' in answers(house, "/metrics")[1]
+
+    house.live(script)
+
+
+def test_a_registry_that_goes_away_degrades_and_coming_back_heals(house):
+    with systemd() as heard:
+
+        def script():
+            house.ready()
+            house.store.fail("event", AWAY)
+            house.store.fail("list", AWAY, times=10_000)
+            until(lambda: problem_ids(house) == ["registry-unreachable"], what=house.log)
+            shown = told(house)
+            assert (shown["verdict"], shown["registry"]["answers"]) == ("degraded", False)
+            assert answers(house, "/readyz") == (200, "ready\n"), "packets go on"
+            until(lambda: "STATUS=degraded: no answer [registry-unreachable]" in heard())
+            timeouts = 'flanctl_registry_requests_total{operation="list",result="timeout"} '
+            until(lambda: (house.clock.advance(6), f"{timeouts}0\n" not in answers(house, "/metrics")[1])[1])
+            house.store._failures.clear()
+            until(lambda: (house.clock.advance(6), problem_ids(house) == [])[1])
+            until(lambda: heard()[-1].startswith("STATUS=network=172.17.0.0/16 subnet="))
+            text = answers(house, "/metrics")[1]
+            assert 'flanctl_watch_restarts_total{reason="error"} 1\n' in text
+
+        house.live(script)
+
+
+def test_what_the_kernel_refuses_and_docker_missed_is_in_status_until_it_is_mended(house):
+    house.backend.reports = [
+        ApplyReport(0, objects=(Objects("link", 1), Objects("route", 1))),
+        ApplyReport(0, (), ("route 172.17.0.0/16: there is another",), (Objects("link", 1), Objects("route", 1, missing=1))),
+        ApplyReport(0, ("route was missing",), (), (Objects("link", 1), Objects("route", 1, repaired=1))),
+    ]  # fmt: skip
+
+    def script():
+        house.ready()
+        until(lambda: told(house)["state"] == "ready")
+        house.bridge = ("172.17.0.1/16",)
+        house.rules.answers = [FlanctlError("iptables: no")]
+        house.agent._inbox.put(Reload())
+        until(lambda: problem_ids(house) == ["routes-missing", "rules-missing", "docker0-old"])
+        code, body = answers(house, "/readyz")
+        assert (code, body) == (503, "routes-missing: route 172.17.0.0/16: there is another\n")
+        house.bridge = None
+        house.agent._inbox.put(Reload())
+        until(lambda: problem_ids(house) == [])
+        text = answers(house, "/metrics")[1]
+        assert 'flanctl_kernel_repairs_total{kind="route"} 1\n' in text
+        assert 'flanctl_kernel_failures_total{kind="rule"} 2\n' in text
+
+    house.live(script)
+
+
+def test_a_lost_lease_is_in_the_last_snapshot(house):
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        house.registry.delete(key)
+        house.registry.create(key, b'{"PublicIP":"192.168.66.77"}', ttl=86400)
+        until(lambda: house.agent.phase is Phase.STOPPED)
+
+    with pytest.raises(LeaseLost):
+        house.live(script)
+    last = house.agent._observer.snapshot
+    assert (last.state, last.found[0].id) == ("stopping", "lease-foreign")
+
+
+def test_the_watchdog_hears_a_loop_that_turns_and_not_one_that_hangs(house):
+    with systemd() as heard:
+        house.renew(watchdog=0.3)
+
+        def signs():
+            return heard().count("WATCHDOG=1")
+
+        def script():
+            house.ready()
+            for _ in range(3):
+                before = signs()
+                house.clock.advance(1)
+                until(lambda before=before: signs() > before)
+            applied = len(house.backend.applied)
+            house.backend.pause.clear()
+            house.agent._inbox.put(Reload())
+            until(lambda: len(house.backend.applied) > applied)
+            hung = signs()
+            house.clock.advance(300)
+            code, body = answers(house, "/healthz")
+            assert (code, body) == (503, "loop-stalled: the loop has not turned for 300s\n")
+            assert "loop-stalled" in problem_ids(house)
+            assert signs() == hung
+            house.backend.pause.set()
+            until(lambda: signs() > hung)
+            assert answers(house, "/healthz")[0] == 200
+
+        house.live(script)
+        assert heard()[-1].startswith("STOPPING=1")
+
+
+def test_SIGHUP_ends_nothing_and_has_the_machine_compared(house):
+    def script():
+        house.ready()
+        before = len(house.backend.applied)
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: len(house.backend.applied) > before)
+        house.said("SIGHUP")
+
+    house.live(script)
+
+
+def test_without_a_place_for_the_socket_the_agent_runs_all_the_same(house, monkeypatch):
+    monkeypatch.setattr("flanctl.agent.daemon.StatusApi.open", no_socket)
+    house.live_until_ready()
+    assert "flanctl status cannot ask this agent" in house.log()
+
+
+def no_socket(self):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_taken_health_port_is_refused_by_check_and_survived_by_run(house):
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        house.renew(healthz=holder.getsockname())
+        with pytest.raises(Conflict) as caught:
+            house.agent.check()
+        assert caught.value.id == "healthz-port"
+        house.renew(healthz=holder.getsockname())
+
+        def script():
+            house.ready()
+            until(lambda: problem_ids(house) == ["healthz-port"])
+
+        house.live(script)
