@@ -130,6 +130,11 @@ def test_the_documented_table_is_the_codes(doc):
     assert dict(rows) == {name: kind for name, (kind, _) in TABLE.items()}
 
 
+def test_the_documented_meanings_are_the_pages():
+    rows = re.findall(r"(?m)^\| `([a-z_]+)` \| (?:gauge|counter|histogram) \| [^|]+ \| (.+) \|$", Path("docs/monitoring.md").read_text())
+    assert dict(rows) == {name: text for name, (_, text) in TABLE.items()}
+
+
 @pytest.mark.parametrize("doc", ["docs/monitoring.md", "docs/monitoring.zh-CN.md"])
 def test_every_metric_and_label_value_an_alert_names_exists(doc):
     text = Path(doc).read_text()
