@@ -13,8 +13,9 @@ import time
 from typing import TYPE_CHECKING
 
 from flanctl.agent import metrics
-from flanctl.agent.snapshot import STALLED, Now, document, not_ready
+from flanctl.agent.snapshot import Now, document, not_ready, stalled
 from flanctl.agent.status_api import Answer
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from flanctl.agent.observer import Observer
@@ -35,13 +36,13 @@ class Answers:
         now = Now(self._clock.now(), time.time())
         match path:
             case "/healthz":
-                silent = now.boot - snapshot.turned
-                if silent > STALLED:
+                if (silent := stalled(snapshot, now)) is not None:
                     return Answer(503, f"loop-stalled: the loop has not turned for {silent:.0f}s\n")
                 return Answer(200, "ok\n")
             case "/readyz":
                 reasons = not_ready(snapshot, now)
-                return Answer(503 if reasons else 200, "".join(f"{line}\n" for line in reasons or ("ready",)))
+                lines = "".join(f"{printable(line)}\n" for line in reasons or ("ready",))
+                return Answer(503 if reasons else 200, lines)
             case "/metrics":
                 text = metrics.render(snapshot, self._observer.meters, self._observer.counters(), now)
                 return Answer(200, text, metrics.CONTENT_TYPE)

@@ -356,13 +356,16 @@ class Agent:
     def _turn(self) -> None:
         """The loop is alive: publish what is known, and tell systemd."""
         snapshot = self._observer.turn(self.phase.value)
+        worst = next((problem for problem in snapshot.found if problem.severity == FAIL), None)
+        if self.phase is Phase.LEASED and worst is not None:
+            text = f"waiting for the first complete list of peers: {worst.message}"
+            self._notify.waiting(text, seconds=RETRY_SECONDS + 60)
         if self.phase is not Phase.READY:
             return
         now = self._clock.now()
         if now - self._said_alive >= self._notify.watchdog / 3:
             self._said_alive = now
             self._notify.alive()
-        worst = next((problem for problem in snapshot.found if problem.severity == FAIL), None)
         status = self._ready_line if worst is None else f"degraded: {worst.message} [{worst.id}]"
         if status != self._said_status:
             self._said_status = status

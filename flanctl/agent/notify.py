@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 import socket
 
+from flanctl.text import printable
+
 
 class Notify:
-    """One datagram per call to $NOTIFY_SOCKET; failures are ignored, as sd_notify's callers do."""
+    """One datagram per call to $NOTIFY_SOCKET; failures are ignored, as sd_notify's callers do.
+
+    Texts may hold the registry's words: a line end in them must not become an assignment (`MAINPID=1`).
+    """
 
     def __init__(self, address: str | None = None, *, watchdog: float | None = None) -> None:
         path = os.environ.get("NOTIFY_SOCKET", "") if address is None else address
@@ -20,11 +25,11 @@ class Notify:
         """After so many seconds without `alive` systemd kills us; 0 where it does not watch."""
 
     def ready(self, status: str) -> None:
-        self._send(f"READY=1\nSTATUS={status}")
+        self._send(f"READY=1\nSTATUS={printable(status)}")
 
     def status(self, text: str) -> None:
         """The line `systemctl status` shows."""
-        self._send(f"STATUS={text}")
+        self._send(f"STATUS={printable(text)}")
 
     def alive(self) -> None:
         """The watchdog's sign of life: only whoever has seen the loop turn may send it."""
@@ -33,7 +38,7 @@ class Notify:
 
     def waiting(self, text: str, *, seconds: float) -> None:
         """Say what we wait for and ask for `seconds` more before systemd gives up on us."""
-        self._send(f"STATUS={text}\nEXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
+        self._send(f"STATUS={printable(text)}\nEXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1\nSTATUS=stopping")

@@ -57,9 +57,10 @@ BLOCKING = frozenset(
 REGISTRY = frozenset({"registry-unreachable", "registry-denied", "no-config"})
 """The registry's fault, not this host's."""
 
-STALLED = 60.0
-"""Seconds without a turn of the loop after which the agent counts as hung; it turns at least every `TURN` seconds
-(observer.py), and iptables, the slowest thing it waits for, takes 3 at most."""
+STALLED, STALLED_STARTING = 60.0, 600.0
+"""Seconds without a turn of the loop after which the agent counts as hung. It turns at least every `TURN` seconds
+(observer.py), and iptables, the slowest thing it waits for, takes 3 at most; the start waits for the registry as long
+as --timeout says, several times over."""
 WATCH_OLD = 120.0
 """Seconds without a word from the watch; gRPC asks for one every 20."""
 SHOWN = 100
@@ -171,11 +172,9 @@ def problems(snapshot: Snapshot, now: Now) -> tuple[Problem, ...]:
     """All there are, the worst kinds first."""
     found = list(snapshot.found)
     lease = snapshot.lease
-    silent = now.boot - snapshot.turned
-    if silent > STALLED:
-        found.append(
-            Problem("loop-stalled", f"the agent's loop has not turned for {silent:.0f}s", snapshot.turned)
-        )
+    if (silent := stalled(snapshot, now)) is not None:
+        words = f"the agent's loop has not turned for {silent:.0f}s"
+        found.append(Problem("loop-stalled", words, snapshot.turned))
     if lease is not None and lease.ends is not None and lease.ttl is not None:
         left = lease.ends - now.boot
         if left <= 0:
@@ -194,6 +193,12 @@ def problems(snapshot: Snapshot, now: Now) -> tuple[Problem, ...]:
         )
     order = {id_: place for place, id_ in enumerate(PROBLEMS)}
     return tuple(sorted(found, key=lambda problem: order.get(problem.id, len(order))))
+
+
+def stalled(snapshot: Snapshot, now: Now) -> float | None:
+    """For how many seconds the loop has not turned, if that is too long."""
+    silent = now.boot - snapshot.turned
+    return silent if silent > (STALLED_STARTING if snapshot.state == "starting" else STALLED) else None
 
 
 def not_ready(snapshot: Snapshot, now: Now) -> tuple[str, ...]:

@@ -244,12 +244,17 @@ class StatusApi:
                 self._rest(listener, 1.0)
             return
         listener.taken += 1
-        channel.setblocking(False)
+        client = _Client(channel, now)
+        try:
+            channel.setblocking(False)
+            self._selector.register(channel, selectors.EVENT_READ, client)
+        except OSError:  # the kernel has no memory for it
+            channel.close()
+            self._rest(listener, 1.0)
+            return
         if len(self._clients) >= CONNECTIONS:
             self._drop(self._clients[0])
-        client = _Client(channel, now)
         self._clients.append(client)
-        self._selector.register(channel, selectors.EVENT_READ, client)
         self._serve(client)
 
     def _serve(self, client: _Client) -> None:

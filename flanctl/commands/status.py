@@ -60,6 +60,7 @@ _NEXT = {
     "docker-file-stale": "flanctl docker-opts, then restart docker when its containers may stop",
     "stale-subnet-env": "restart the agent; it writes the file anew",
     "address-gone": "restart the agent once the address is right",
+    "two-flannels": "systemctl disable --now flanneld",
     "agent-missing": "systemctl start flanctl-agent",
     "agent-silent": "kill the agent, systemd starts it again",
     "duplicate-ip": "flanctl subnets ls",
@@ -152,7 +153,7 @@ def _look(chosen: Settings) -> View:
     agent = "answers"
     error: FlanctlError | None = None
     try:
-        document = ask(run_dir / "agent.sock")
+        document |= ask(run_dir / "agent.sock")  # an older agent lacks what came later: unknown
         if isinstance(told := document.get("subnet_file"), str):
             subnet_path = Path(told)  # the agent's own word counts more than our default
     except FlanctlError as failure:
@@ -369,6 +370,10 @@ def _hosts_lines(view: View) -> None:
         view.add(word, "subnet.env", facts.subnet_trouble or "unknown", "stale-subnet-env")
     else:
         view.add(SKIP, "subnet.env", facts.subnet_trouble or "unknown")
+    if view.agent == "answers":
+        for name, pid in facts.processes:
+            if name == "flanneld":
+                view.add(WARN, "agent", f"flanneld runs beside the agent, pid {pid}", "two-flannels")
     _device_line(view)
     _docker_lines(view, lease)
 

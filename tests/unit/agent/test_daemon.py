@@ -991,6 +991,21 @@ def test_a_registry_that_goes_away_degrades_and_coming_back_heals(house):
         house.live(script)
 
 
+def test_systemd_waits_on_while_the_first_list_of_peers_does_not_come(house):
+    with systemd() as heard:
+
+        def script():
+            house.store.fail("list", AWAY, skip=1, times=10_000)  # the lease is had, the peers are not
+            until(lambda: house.agent.phase is Phase.LEASED)
+            wanted = "STATUS=waiting for the first complete list of peers: no answer\nEXTEND_TIMEOUT_USEC="
+            until(lambda: (house.clock.advance(6), any(text.startswith(wanted) for text in heard()))[1])
+            assert answers(house, "/readyz")[0] == 503
+            house.store._failures.clear()
+            until(lambda: (house.clock.advance(6), house.agent.phase is Phase.READY)[1])
+
+        house.live(script)
+
+
 def test_what_the_kernel_refuses_and_docker_missed_is_in_status_until_it_is_mended(house):
     house.backend.reports = [
         ApplyReport(0, objects=(Objects("link", 1), Objects("route", 1))),

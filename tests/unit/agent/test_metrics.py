@@ -131,7 +131,10 @@ def test_the_documented_table_is_the_codes(doc):
 
 
 def test_the_documented_meanings_are_the_pages():
-    rows = re.findall(r"(?m)^\| `([a-z_]+)` \| (?:gauge|counter|histogram) \| [^|]+ \| (.+) \|$", Path("docs/monitoring.md").read_text())
+    rows = re.findall(
+        r"(?m)^\| `([a-z_]+)` \| (?:gauge|counter|histogram) \| [^|]+ \| (.+) \|$",
+        Path("docs/monitoring.md").read_text(),
+    )
     assert dict(rows) == {name: text for name, (_, text) in TABLE.items()}
 
 

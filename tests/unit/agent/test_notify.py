@@ -27,6 +27,17 @@ def test_messages_arrive_as_sd_notify_has_them(tmp_path, abstract):
     ]
 
 
+def test_a_text_with_line_ends_cannot_become_an_assignment(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        notify = Notify(str(tmp_path / "notify"))
+        notify.status("bad key\nMAINPID=1")
+        notify.waiting("bad key\nMAINPID=1", seconds=1)
+        notify.ready("bad key\nMAINPID=1")
+        for _ in range(3):
+            assert "\nMAINPID" not in systemd.recv(4096).decode()
+
+
 def test_outside_systemd_nothing_happens():
     Notify("").ready("x")
 

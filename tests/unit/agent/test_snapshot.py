@@ -96,6 +96,11 @@ def test_a_loop_that_does_not_turn_is_a_problem_after_a_minute():
     assert ids(READY, Now(1000.0 + STALLED + 1, 0.0)) == ["loop-stalled"]
 
 
+def test_a_start_may_wait_longer_for_a_call_to_a_slow_registry():
+    assert ids(STARTING, Now(1000.0 + STALLED + 1, 0.0)) == []
+    assert ids(STARTING, Now(1601.0, 0.0)) == ["loop-stalled"]
+
+
 def test_a_silent_watch_is_shown_unless_its_cause_is():
     now = Now(1130.0, 0.0)
     silent = replace(READY, turned=1130.0)

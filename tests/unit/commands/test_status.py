@@ -60,7 +60,9 @@ class Host:
 
     def agent(self, snapshot):
         snapshot = replace(snapshot, subnet_file=str(self.subnet_env))
-        text = json.dumps(document(snapshot, COUNTERS, NOW))
+        return self.say(json.dumps(document(snapshot, COUNTERS, NOW)))
+
+    def say(self, text):
         api = StatusApi(lambda _: Answer(200, text), socket_path=self.folder / "agent.sock")
         api.open()
         thread = threading.Thread(target=api.run)
@@ -208,6 +210,14 @@ def test_what_an_agent_says_cannot_move_the_cursor(host):
     ).status()
     assert "\x1b" not in answer.out
     assert "\nok    lease  fine" not in answer.out
+
+
+def test_an_agent_of_another_version_may_lack_what_came_later(host):
+    shown = document(replace(READY, subnet_file=str(host.subnet_env)), COUNTERS, NOW)
+    del shown["docker_bridge_matches"], shown["waiting_for"], shown["problems_left_out"]
+    host.say(json.dumps({**shown, "something": "new"}))
+    assert host.status().code == 0
+    assert json.loads(host.status("-w", "json").out)["something"] == "new"
 
 
 def test_json_is_the_agents_document_and_what_the_host_shows(host):
