@@ -87,7 +87,7 @@ class Observer:
         now = self._clock.now()
         since = now if self._waits is None else self._waits.since or now
         kind = "no-config" if isinstance(error, NotFound) else "registry-unreachable"
-        self._waits = Problem(kind, error.message, since)
+        self._waits = Problem(kind, error.message, since, error.details)
         self._draft = replace(self._draft, waiting=error.message)
         return now - since
 
@@ -135,7 +135,8 @@ class Observer:
         """A worker's trouble with the registry, or the end of it. From its own thread."""
         if isinstance(report, RegistryTrouble):
             kind = "registry-denied" if isinstance(report.error, NotPermitted) else "registry-unreachable"
-            self._trouble[worker] = Problem(kind, report.error.message, self._clock.now() - report.since)
+            since = self._clock.now() - report.since
+            self._trouble[worker] = Problem(kind, report.error.message, since, report.error.details)
         elif isinstance(report, RegistryBack):
             self._trouble.pop(worker, None)
 

@@ -69,11 +69,15 @@ SHOWN = 100
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something an operator should know. `since` is a moment, None where nobody noted it."""
+    """Something an operator should know. `since` is a moment, None where nobody noted it.
+
+    `details` are lines for below it: what each endpoint said.
+    """
 
     id: str
     message: str
     since: float | None = None
+    details: tuple[str, ...] = ()
 
     @property
     def severity(self) -> str:
@@ -293,6 +297,7 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
                 "id": problem.id,
                 "severity": problem.severity,
                 "message": problem.message,
+                "details": list(problem.details),
                 "since": now.date(problem.since),
             }
             for problem in found[:SHOWN]

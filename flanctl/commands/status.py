@@ -77,6 +77,7 @@ class Line:
     about: str
     says: str
     id: str | None = None
+    details: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -98,11 +99,15 @@ class View:
         found: list[dict[str, Any]] = self.document["problems"]
         return found
 
-    def add(self, word: str, about: str, says: str, id_: str | None = None) -> None:
+    def add(
+        self, word: str, about: str, says: str, id_: str | None = None, details: tuple[str, ...] = ()
+    ) -> None:
         """A line of our own; with an id it is a problem like those the agent knows."""
-        self.lines.append(Line(word, about, says, id_))
+        self.lines.append(Line(word, about, says, id_, details))
         if id_ is not None and all(problem["id"] != id_ for problem in self.problems):
-            self.problems.append({"id": id_, "severity": word, "message": says, "since": None})
+            self.problems.append(
+                {"id": id_, "severity": word, "message": says, "details": list(details), "since": None}
+            )
 
 
 @click.command()
@@ -187,8 +192,13 @@ def _agents_lines(view: View) -> None:
         there = by_check.get(about, [])
         if fact is not None and (about in {"peers", "data"} or not there):
             view.lines.append(Line(OK, about, fact))
+        trouble = (document["registry"] or {}).get("trouble") or {}
         for problem in there[:SHOWN]:
-            view.lines.append(Line(problem["severity"], about, problem["message"], problem["id"]))
+            says = problem["message"]
+            if problem["id"] == trouble.get("id") and trouble.get("seconds"):
+                says += f", for {output.age(trouble['seconds'])}"
+            details = tuple(map(str, problem.get("details", ())))
+            view.lines.append(Line(problem["severity"], about, says, problem["id"], details))
         if len(there) > SHOWN:
             view.lines.append(Line(WARN, about, f"{len(there) - SHOWN} more; -w json has them"))
 
@@ -290,7 +300,7 @@ def _ask_registry(view: View, chosen: Settings) -> None:
     except LeaseLost as error:
         view.add(FAIL, "lease", error.message, error.id)
     except RegistryUnreachable as error:
-        view.add(SKIP, "registry", "; ".join([error.message, *error.details]))
+        view.add(SKIP, "registry", error.message, details=error.details)
     except FlanctlError as error:
         view.add(SKIP, "registry", error.message)
 
@@ -471,10 +481,13 @@ def _brief(view: View, code: int) -> str:
 
 def _screen(view: View) -> None:
     output.data(printable(_headline(view)))
-    for line in view.lines:
+    following = [*(line.id for line in view.lines[1:]), None]
+    for line, next_id in zip(view.lines, following, strict=True):
         id_ = f"   [{line.id}]" if line.id else ""
         output.data(printable(f"{line.word:<4}  {line.about:<10} {line.says}{id_}"))
-        if line.id in _NEXT:
+        for detail in line.details[:SHOWN]:
+            output.data(printable(f"                 {detail}"))
+        if line.id in _NEXT and line.id != next_id:  # of several alike, below the last
             output.data(f"      next: {_NEXT[line.id]}")
 
 

@@ -46,7 +46,12 @@ READY = Snapshot(
 )
 COUNTERS = {"out_packets": 1_200_000, "in_packets": 1_100_000, "drop_unknown_sender": 4}
 ENV = "FLANNEL_NETWORK=172.17.0.0/16\nFLANNEL_SUBNET=172.17.{}.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
-AWAY = Problem("registry-unreachable", "none of 3 endpoints answered in 5s", NOW.boot - 760)
+AWAY = Problem(
+    "registry-unreachable",
+    "none of 2 endpoints answered",
+    NOW.boot - 760,
+    ("http://192.168.6.15:2379   connection refused", "http://192.168.6.2:2379    no answer in 1.7s"),
+)
 
 
 class Host:
@@ -123,10 +128,12 @@ def test_the_screen_of_an_outage(host):
     away = replace(READY, found=(AWAY,), watched=NOW.boot - 760, answered=NOW.boot - 760)
     answer = host.agent(away).status()
     assert answer.code == 3
-    assert lines(answer)[:5] == [
+    assert lines(answer)[:7] == [
         "node1  degraded  172.17.41.0/24 of 172.17.0.0/16  udp/userspace  mtu 1472  since 3d4h",
         "ok    lease      172.17.41.0/24 for 192.168.6.2, 19h12m left; packets flow until peers see it expire",
-        "fail  registry   none of 3 endpoints answered in 5s   [registry-unreachable]",
+        "fail  registry   none of 2 endpoints answered, for 12m   [registry-unreachable]",
+        "                 http://192.168.6.15:2379   connection refused",
+        "                 http://192.168.6.2:2379    no answer in 1.7s",
         "      next: bring the registry back; the agent tries again by itself and needs no restart",
         "ok    peers      3 known, as of revision 48211, 12m old; routes 1 of 1, rule chains 2 of 2",
     ]
@@ -178,6 +185,8 @@ def test_many_problems_of_a_kind_are_cut_on_the_screen(host):
     host.agent(replace(READY, found=tuple(Problem("bad-key", f"key {n}") for n in range(30))))
     answer = host.status()
     assert answer.out.count("[bad-key]") == 5
+    host.agent(replace(READY, found=tuple(Problem("duplicate-ip", f"lease {n}") for n in range(3))))
+    assert host.status().out.count("next: flanctl subnets ls") == 1
     assert "warn  peers      25 more; -w json has them" in answer.out
 
 
@@ -301,7 +310,7 @@ def test_a_registry_that_does_not_answer_either_is_passed_over_quickly(host):
     host.env = {"FLANCTL_ENDPOINTS": "http://127.0.0.1:9"}
     answer = host.status(timeout=30)
     assert answer.code == 4
-    assert re.search(r"(?m)^skip  registry   .*127\.0\.0\.1:9", answer.out)
+    assert re.search(r"(?m)^skip  registry   .*\n +http://127\.0\.0\.1:9   connection refused$", answer.out)
 
 
 def test_without_an_agent_json_has_every_field_and_null_for_the_unknown(host):
