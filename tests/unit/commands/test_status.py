@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import tempfile
 import threading
 from dataclasses import replace
@@ -17,6 +18,7 @@ from flanctl.agent.snapshot import FIELDS, HeldLease, Now, Place, Problem, Snaps
 from flanctl.agent.status_api import Answer, StatusApi
 from flanctl.registry.stores.sqlite import SqliteStore
 from tests.support.cli import flanctl
+from tests.support.deadline import until
 
 PLACE = Place(
     IPv4Network("172.17.0.0/16"), 255, "udp", "userspace", "flannel0", "eth0", IPv4Address("192.168.6.2"), 1500, 1472
@@ -211,6 +213,28 @@ def test_a_docker_file_of_another_subnet_is_a_warning(host):
     answer = host.agent(READY).status()
     assert answer.code == 0
     assert "says --bip=172.17.19.1/24, the lease wants 172.17.41.1/24   [docker-file-stale]" in answer.out
+
+
+@pytest.fixture
+def flanneld():
+    """A process that looks like one."""
+    process = subprocess.Popen(["bash", "-c", "exec -a /usr/bin/flanneld sleep 600"])
+    until(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"/usr/bin/flanneld"))
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_a_flanneld_beside_the_agent_is_said(host, flanneld):
+    answer = host.agent(READY).status()
+    assert answer.code == 0
+    assert f"warn  agent      flanneld runs beside the agent, pid {flanneld}   [two-flannels]" in answer.out
+
+
+def test_a_flanneld_in_the_agents_place_is_said(host, flanneld):
+    answer = host.status()
+    assert answer.code == 4
+    assert f"warn  agent      flanneld runs as pid {flanneld}" in answer.out
 
 
 def test_what_an_agent_says_cannot_move_the_cursor(host):
