@@ -14,7 +14,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from flanctl.errors import Conflict, FlanctlError, NotPermitted, RegistryUnreachable
-from flanctl.registry.stores.store import Compacted
+from flanctl.registry.stores.store import Compacted, Forgotten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -107,8 +107,8 @@ class MeteredStore:
     def get(self, key: str) -> Entry | None:
         return self._ask("get", lambda: self._store.get(key))
 
-    def list(self, prefix: str) -> Snapshot:
-        return self._ask("list", lambda: self._store.list(prefix))
+    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
+        return self._ask("list", lambda: self._store.list(prefix, at=at))
 
     def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         return self._ask("ttl", lambda: self._store.with_ttl(entries))
@@ -189,7 +189,7 @@ class MeteredWatch:
 
 def result_of(error: FlanctlError) -> str:
     """How a request ended, as its metric says it. A lost compare-and-swap is an answer like another."""
-    if isinstance(error, Conflict):
+    if isinstance(error, Conflict | Forgotten):
         return "ok"
     if isinstance(error, NotPermitted):
         return "denied"

@@ -13,7 +13,6 @@ import click
 from flanctl.commands import output
 from flanctl.commands.options import output_options, place_options, registry_options, settings, write_out
 from flanctl.errors import FlanctlError, LeaseLost, NotPermitted, RegistryUnreachable
-from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,7 +134,7 @@ def status(brief: bool, strict: bool) -> None:
     view.document["exit"] = code
     form = write_out()
     if brief:
-        output.data(_brief(view, code))
+        output.line(_brief(view, code))
     elif form == "json":
         output.json({**view.document, **_local(view)})
     elif form == "simple":
@@ -480,13 +479,13 @@ def _brief(view: View, code: int) -> str:
 
 
 def _screen(view: View) -> None:
-    output.data(printable(_headline(view)))
+    output.line(_headline(view))
     following = [*(line.id for line in view.lines[1:]), None]
     for line, next_id in zip(view.lines, following, strict=True):
         id_ = f"   [{line.id}]" if line.id else ""
-        output.data(printable(f"{line.word:<4}  {line.about:<10} {line.says}{id_}"))
+        output.line(f"{line.word:<4}  {line.about:<10} {line.says}{id_}")
         for detail in line.details[:SHOWN]:
-            output.data(printable(f"                 {detail}"))
+            output.line(f"                 {detail}")
         if line.id in _NEXT and line.id != next_id:  # of several alike, below the last
             output.data(f"      next: {_NEXT[line.id]}")
 
