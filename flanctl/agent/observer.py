@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from flanctl import __version__
 from flanctl.agent.meters import Meters
-from flanctl.agent.snapshot import HeldLease, Place, Problem, Snapshot, Taken, drops
-from flanctl.errors import FlanctlError, NotFound, NotPermitted
+from flanctl.agent.snapshot import PROBLEMS, HeldLease, Place, Problem, Snapshot, Taken, drops
+from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
 from flanctl.registry.leases import LeaseRenewed, LeaseRestored, RegistryBack, RegistryTrouble
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ class Observer:
         """The start waits because of this. For how many seconds already."""
         now = self._clock.now()
         since = now if self._waits is None else self._waits.since or now
-        kind = "no-config" if isinstance(error, NotFound) else "registry-unreachable"
+        kinds = {NotFound: "no-config", NotPermitted: "registry-denied", Invalid: "config-invalid"}
+        kind = next((kind for of, kind in kinds.items() if isinstance(error, of)), "registry-unreachable")
+        kind = error.id if error.id in PROBLEMS else kind
         self._waits = Problem(kind, error.message, since, error.details)
         self._draft = replace(self._draft, waiting=error.message)
         return now - since
@@ -105,8 +107,7 @@ class Observer:
             underlay_mtu=underlay.mtu,
             mtu=backend.mtu,
         )
-        self._waits = None
-        self._draft = replace(self._draft, place=place, waiting=None)
+        self._draft = replace(self._draft, place=place)
 
     def leased(self, held: Acquired) -> None:
         """Our lease, new or with its full time again. Any thread."""

@@ -33,6 +33,9 @@ _CHECKS = {
     "registry-unreachable": "registry",
     "registry-denied": "registry",
     "no-config": "registry",
+    "config-invalid": "registry",
+    "backend-unsupported": "registry",
+    "pool-full": "registry",
     "watch-old": "registry",
     "loop-stalled": "agent",
     "data-path": "data",
@@ -54,6 +57,8 @@ _NEXT = {
     "registry-unreachable": "bring the registry back; the agent tries again by itself and needs no restart",
     "registry-denied": "check --user and its password, --cert and --key, and the role's right to write the prefix",
     "no-config": "flanctl net init --network …",
+    "config-invalid": "flanctl net get | flanctl net validate -",
+    "pool-full": "flanctl capacity; flanctl subnets ls",
     "loop-stalled": "kill the agent, systemd starts it again; its log may say on what it hangs",
     "docker0-old": "restart docker when its containers may stop",
     "docker-file-stale": "flanctl docker-opts, then restart docker when its containers may stop",
@@ -307,8 +312,8 @@ def _ask_registry(view: View, chosen: Settings) -> None:
 def _compare_with_registry(view: View, chosen: Settings) -> None:
     """Raises LeaseLost when the subnet that this host's subnet.env names is another host's."""
     from flanctl.agent.kernel.addresses import local_addresses
-    from flanctl.commands.session import session
     from flanctl.registry.config import read_config
+    from flanctl.registry.session import session
 
     ours = {str(address) for address in local_addresses() if not address.is_loopback}
     ours |= {text for text in (chosen.optional("public_ip"),) if text}
@@ -381,7 +386,7 @@ def _hosts_lines(view: View) -> None:
         view.add(SKIP, "subnet.env", facts.subnet_trouble or "unknown")
     if view.agent == "answers":
         for name, pid in facts.processes:
-            if name == "flanneld":
+            if name == "flanneld" and pid != document["pid"]:  # the agent itself may bear that name
                 view.add(WARN, "agent", f"flanneld runs beside the agent, pid {pid}", "two-flannels")
     _device_line(view)
     _docker_lines(view, lease)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flanctl.commands.agent import _healthz
+from flanctl.agent.start import _healthz
 from flanctl.errors import UsageError
 from flanctl.settings import resolve
 
