@@ -868,8 +868,9 @@ def test_flanneld_waits_until_the_config_lets_it_start(empty_house, config, says
             house.ready()
 
         house.live(script)
-        waited = [text for text in heard() if text.startswith("STATUS=waiting for /jxdd/network/config: ")]
+        waited = [text for text in heard() if text.startswith("STATUS=waiting for /jxdd/network/config (")]
     assert len(waited) > 20
+    assert "/config (2m): " in waited[-1]
     assert all(re.search(r"\nEXTEND_TIMEOUT_USEC=\d+$", text) for text in waited)
     assert len(house.ours()) == 1
     assert house.steps.count("close") == house.steps.count("check")
