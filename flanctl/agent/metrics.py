@@ -8,7 +8,6 @@ nothing grows with the number of peers. Times are timestamps (seconds since 1970
 from __future__ import annotations
 
 import os
-import resource
 from typing import TYPE_CHECKING
 
 from flanctl.agent.snapshot import PROBLEMS, counted, problems
@@ -199,8 +198,10 @@ def _process() -> dict[str, float]:
         found["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         found["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
         found["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        with open("/proc/self/limits", encoding="ascii", errors="replace") as file:
+            found["process_max_fds"] = next(
+                float(line.split()[3]) for line in file if line.startswith("Max open files ")
+            )
     except (OSError, ValueError, IndexError, StopIteration):
         pass
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found["process_max_fds"] = float(soft)
     return found

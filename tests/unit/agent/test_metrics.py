@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +119,14 @@ def test_timestamps_are_the_wall_clocks():
 def test_a_value_cannot_fake_a_label_or_a_line():
     shown = samples(page(replace(FULL, version='1"}\nflanctl_peers 7\\')))
     assert sum(key.startswith("flanctl_build_info") for key in shown) == 1
+
+
+def test_the_process_is_told_as_the_kernel_knows_it():
+    shown = samples(page())
+    assert shown["process_max_fds"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert 0 < shown["process_open_fds"] < 2000
+    assert shown["process_resident_memory_bytes"] > 10_000_000
+    assert 0 <= time.time() - shown["process_start_time_seconds"] < 3600
 
 
 def test_the_reasons_are_the_data_planes():
