@@ -100,6 +100,7 @@ subnets = _group(
         "unreserve": "flanctl.commands.reservations:unreserve",
         "capacity": "flanctl.commands.capacity:capacity",
         "agent": "flanctl.commands.agent:agent",
+        "status": "flanctl.commands.status:status",
         "docker-opts": "flanctl.commands.docker_opts:docker_opts",
         "demo": "flanctl.commands.demo:demo",
         "demo-transfer": "flanctl.commands.demo:transfer",

@@ -92,6 +92,8 @@ FLAGS: Mapping[str, Flag] = {
         _kept("ip-masq", "bool", "false", BOTH, "masquerade packets that leave the network"),
         _kept("iptables-resync", "int", "5", NEW, "seconds between two looks at rules, device and routes"),
         _kept("iptables-forward-rules", "bool", "true", NEW, "accept forwarded packets of the network"),
+        _kept("healthz-ip", "string", "0.0.0.0", NEW, "address for the health port"),  # noqa: S104  flannel's
+        _kept("healthz-port", "int", "0", NEW, "port for /healthz, /readyz, /metrics and /status"),
         _kept("logtostderr", "bool", "true", OLD, "log to standard error instead of files"),
         _kept("alsologtostderr", "bool", "false", OLD, "log to standard error as well as files"),
         _kept("stderrthreshold", "string", "ERROR", OLD, "what goes to standard error beside the files"),
@@ -102,8 +104,6 @@ FLAGS: Mapping[str, Flag] = {
         _accepted("vmodule", "string", "", BOTH, _ONE_LEVEL),
         _accepted("log_backtrace_at", "string", "", BOTH, "there are no traces of Go here"),
         _accepted("public-ipv6", "string", "", NEW, "IPv6 is not carried"),
-        _accepted("healthz-ip", "string", "0.0.0.0", NEW, "there is no health server"),  # noqa: S104  flannel's
-        _accepted("healthz-port", "int", "0", NEW, "there is no health server"),
         _accepted(
             "ip-masq-fully-random-disable",
             "bool",

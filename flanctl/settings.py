@@ -115,6 +115,20 @@ PASSWORD = Setting(
     "password", "Password to log in with.", flanneld="etcd-password", etcdctl="ETCDCTL_PASSWORD", secret=True
 )
 
+SUBNET_FILE = Setting(
+    "subnet_file",
+    "File that tells dockerd and scripts our subnet.",
+    default="/run/flannel/subnet.env",
+    metavar="FILE",
+    flanneld="subnet-file",
+)
+RUN_DIR = Setting(
+    "run_dir",
+    "Directory for the agent's socket and the lock that keeps a second agent out.",
+    default="/run/flanctl",
+    metavar="DIR",
+)
+
 AGENT = (
     Setting(
         "iface",
@@ -142,25 +156,14 @@ AGENT = (
         metavar="ADDRESS",
         flanneld="public-ip",
     ),
-    Setting(
-        "subnet_file",
-        "File that tells dockerd and scripts our subnet.",
-        default="/run/flannel/subnet.env",
-        metavar="FILE",
-        flanneld="subnet-file",
-    ),
+    SUBNET_FILE,
     Setting(
         "state_dir",
         "Directory that remembers our subnet over a reboot.",
         default="/var/lib/flanctl",
         metavar="DIR",
     ),
-    Setting(
-        "run_dir",
-        "Directory for the lock that keeps a second agent out.",
-        default="/run/flanctl",
-        metavar="DIR",
-    ),
+    RUN_DIR,
     Setting(
         "ip_masq",
         "Masquerade packets that leave the network.",
@@ -197,6 +200,21 @@ AGENT = (
         default="60",
         metavar="MINUTES",
         flanneld="subnet-lease-renew-margin",
+    ),
+    Setting(
+        "healthz_port",
+        "TCP port for /healthz, /readyz, /metrics and /status; 0: none.",
+        kind="number",
+        default="0",
+        metavar="PORT",
+        flanneld="healthz-port",
+    ),
+    Setting(
+        "healthz_ip",
+        "Address for that port.",
+        default="0.0.0.0",  # noqa: S104  flanneld's default; nothing listens without a port
+        metavar="ADDRESS",
+        flanneld="healthz-ip",
     ),
     Setting("data_path", "How packets are carried: tun (user space).", default="tun", metavar="tun"),
     Setting(

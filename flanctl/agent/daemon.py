@@ -27,9 +27,14 @@ from typing import TYPE_CHECKING
 from flanctl import __version__
 from flanctl.agent import known as known_file
 from flanctl.agent import state as state_file
+from flanctl.agent.answers import Answers
 from flanctl.agent.known import Known
 from flanctl.agent.log import MINUTE, Repeated
+from flanctl.agent.meters import MeteredStore
+from flanctl.agent.observer import TURN, Observer
+from flanctl.agent.snapshot import FAIL
 from flanctl.agent.state import State
+from flanctl.agent.status_api import StatusApi, bound
 from flanctl.agent.supervisor import Crew, WorkerFailed
 from flanctl.errors import (
     Conflict,
@@ -124,6 +129,8 @@ class Options:
     said once a minute."""
     lease_ttl: float = LEASE_TTL
     """Seconds the registry keeps our lease without a word from us."""
+    healthz: tuple[str, int] | None = None
+    """Address and port for HTTP; None: only the unix socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +157,16 @@ class LinkChanged:
     """Our device or the underlay changed: compare with what is wanted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """SIGHUP: nothing is read again but the machine, which is compared at once."""
+
+
 Message = (
     Stop
     | PathFailed
     | ShowCounters
+    | Reload
     | LinkChanged
     | WorkerFailed
     | FollowerReport
@@ -189,6 +202,9 @@ class Agent:
         clock: Clock,
     ) -> None:
         self._options = options
+        self._observer = Observer(clock, prefix=options.prefix, subnet_file=options.subnet_file)
+        store = MeteredStore(store, self._observer.meters, clock)
+        self._observer.uses(store)
         self._store = store
         self._dialect = dialect
         self._look = look
@@ -218,13 +234,17 @@ class Agent:
         """What is wrong in the registry as this host sees it, by id and subnet; replaced whole, read from any thread.
 
         Ids: duplicate-ip, overlap, outside-network, other-backend, bad-public-ip (model/peers.py), bad-key, bad-value,
-        clone, config-changed, config-invalid, no-config, registry-doubted, bad-state.
+        clone, config-changed, config-invalid, no-config, registry-doubted, bad-state. How bad each is: snapshot.py.
         """
         self._drops: dict[str, int] = {}
         self._failures: dict[str, list[float]] = {}
         self._looked = 0.0
         self._config_revision = 0
         self._link_changed = False
+        self._reload = False
+        self._ready_line = ""
+        self._said_alive = 0.0
+        self._said_status = ""
         self.phase = Phase.STARTING
 
     # ---- looking: nothing on this machine or in the registry changes --------------------------------------------
@@ -232,6 +252,7 @@ class Agent:
     def check(self) -> None:
         """Everything `run` looks at before it acts. Raises the error that would end it; says what was found."""
         refuse_locked(self._options.run_dir)
+        self._refuse_taken_port()
         self._refuse_unwritable()
         config = read_config(self._store, self._options.prefix, self._dialect).config
         machine = self._look(config)
@@ -255,6 +276,20 @@ class Agent:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise NotPermitted(f"cannot write {path}: no right to write in {folder}")
 
+    def _refuse_taken_port(self) -> None:
+        """Only `check` does: an agent that carries packets without a health port beats one that does not start."""
+        if self._options.healthz is None:
+            return
+        host, port = self._options.healthz
+        try:
+            bound(host, port).close()
+        except OSError as error:
+            raise Conflict(
+                f"cannot listen on {host}:{port}: {error.strerror}",
+                hint="another --healthz-port or --healthz-ip",
+                id="healthz-port",
+            ) from None
+
     def _files(self) -> tuple[Path, ...]:
         state_dir = self._options.state_dir
         return self._options.subnet_file, state_dir / state_file.FILE, state_dir / known_file.FILE
@@ -277,6 +312,7 @@ class Agent:
             machine: Machine | None = None
             lease = ""
             try:
+                self._open_api()
                 self._refuse_unwritable()
                 introduced: NetworkConfig | None = None
                 while True:
@@ -286,6 +322,7 @@ class Agent:
                         if config != introduced:
                             self._introduce(config, machine)
                             introduced = config
+                        self._observer.introduced(config, machine)
                         machine.backend.check()
                         # ---------------------------------------------------------- from here on we act
                         for path in self._files():
@@ -309,6 +346,7 @@ class Agent:
                 pass
             except LeaseLost as error:
                 lease = "lost"
+                self._observer.lost(error)
                 known_file.forget(self._options.state_dir)
                 self._log.error(
                     f"lease lost: {error.message}; stopping with {error.exit_code}, kernel state stays",
@@ -319,6 +357,7 @@ class Agent:
                 if self.phase is not Phase.STARTING:
                     lease = lease or "kept"
                 self.phase = Phase.STOPPING
+                self._turn()
                 self._notify.stopping()
                 asked = self._clock.now()
                 # The backend first: its end is what the worker that watches it waits for.
@@ -338,11 +377,56 @@ class Agent:
                     ran=f"{asked - began:.0f}s",
                 )
 
+    def _open_api(self) -> None:
+        """Questions are answered from here on. Without the API packets flow all the same, so it ends nothing."""
+        observer = self._observer
+
+        def tell(why: str | None) -> None:
+            if why is not None and observer.port_trouble is None:
+                self._log.warn(f"{why}; trying again", id="healthz-port")
+            observer.port_trouble = why
+
+        api = StatusApi(
+            Answers(observer, self._clock),
+            socket_path=self._options.run_dir / "agent.sock",
+            address=self._options.healthz,
+            trouble=tell,
+        )
+        try:
+            api.open()
+        except OSError as error:
+            api.close()
+            self._log.warn(
+                f"flanctl status cannot ask this agent: no {self._options.run_dir}/agent.sock: {error.strerror}"
+            )
+            return
+        self._crew.start("status api", api.run, api.stop)
+
+    def _turn(self) -> None:
+        """The loop is alive: publish what is known, and tell systemd."""
+        snapshot = self._observer.turn(self.phase.value)
+        worst = next((problem for problem in snapshot.found if problem.severity == FAIL), None)
+        if self.phase is Phase.LEASED and worst is not None:
+            text = f"waiting for the first complete list of peers: {worst.message}"
+            self._notify.waiting(text, seconds=RETRY_SECONDS + 60)
+        if self.phase is not Phase.READY:
+            return
+        now = self._clock.now()
+        if now - self._said_alive >= self._notify.watchdog / 3:
+            self._said_alive = now
+            self._notify.alive()
+        status = self._ready_line if worst is None else f"degraded: {worst.message} [{worst.id}]"
+        if status != self._said_status:
+            self._said_status = status
+            self._notify.status(status)
+
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
         found = self._remember()
         remembered = found or State.new()
         held = self._acquire(config, machine, remembered) if self._known is None else self._resume(machine)
+        self._observer.leased(held)
         self.phase = Phase.LEASED
+        self._turn()
         subnet = held.lease.subnet
         self._save(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
@@ -361,16 +445,19 @@ class Agent:
         """The loop: take every message there is, then do what they made due, once."""
         due = self._clock.now() + self._options.resync_seconds
         while True:
+            self._turn()
             dirty = False
             soon = min(due, self._looked + LINK_PAUSE) if self._link_changed else due
             if self._unsaved and self._peers is not None:
                 soon = min(soon, self._saved + REMEMBER_SECONDS)
-            wait = max(0.0, soon - self._clock.now())
+            turn = min(TURN, self._notify.watchdog / 3 or TURN)
+            wait = min(turn, max(0.0, soon - self._clock.now()))
             for message in self._messages(wait):
                 dirty |= self._take(message, config, machine, held)
                 if self._stop_reason is not None:
                     return
-            tick = self._clock.now() >= due
+            tick = self._clock.now() >= due or self._reload
+            self._reload = False
             dirty |= self._link_changed and self._clock.now() >= self._looked + LINK_PAUSE
             if tick:
                 due = self._clock.now() + self._options.resync_seconds
@@ -403,7 +490,13 @@ class Agent:
                 self._note("config", self._compare(config, held, entry))
             case LinkChanged():
                 self._link_changed = True
+            case Reload():
+                self._log.info(
+                    "SIGHUP: device, routes and rules are compared now; settings are read at the start only"
+                )
+                self._reload = True
             case PathFailed(why):
+                self._observer.path_failed(why)
                 self._log.warn("data plane ended by itself", error=why)
                 self._count_failure(FlanctlError(f"the data plane ended by itself: {why}", id="data-path"))
                 return True
@@ -495,10 +588,10 @@ class Agent:
         try:
             known_file.save(self._options.state_dir, known)
         except FlanctlError as error:
-            if self._repeated.worth_saying("known"):
-                self._log.warn(
-                    f"a restart during an outage will have to wait for the registry: {error.message}"
-                )
+            words = f"a restart during an outage will have to wait for the registry: {error.message}"
+            self._note("known", (Problem("bad-state", None, words),))
+        else:
+            self._note("known", ())
 
     def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
         """Our lease. An outage in the middle is waited out; what was written meanwhile is found again."""
@@ -530,7 +623,11 @@ class Agent:
             self._log.warn(
                 "; ".join([f"waiting: {error.message}", *error.details]), tries=count, **_hint(error)
             )
-        self._notify.waiting(f"waiting for {key}: {error.message}", seconds=RETRY_SECONDS + 60)
+        waited = self._observer.waiting(error)
+        self._turn()
+        self._notify.waiting(
+            f"waiting for {key} ({waited / 60:.0f}m): {error.message}", seconds=RETRY_SECONDS + 60
+        )
         with self._waiting():
             self._clock.wait(threading.Event(), RETRY_SECONDS)
 
@@ -593,10 +690,19 @@ class Agent:
             clock=self._clock,
             first=first,
         )
+
+        def heard(report: KeeperReport) -> None:
+            self._observer.renewed(report)
+            self._inbox.put(report)
+
+        def followed(report: FollowerReport) -> None:
+            self._observer.heard("follower", report)
+            self._inbox.put(report)
+
         keeper = Keeper(
             self._leases,
             held,
-            self._inbox.put,
+            heard,
             margin=self._options.renew_margin,
             ttl=self._options.lease_ttl,
         )
@@ -616,7 +722,7 @@ class Agent:
                 raise
 
         self._keeper = keeper
-        self._follower = Follower(self._leases, self._inbox.put, own=held.entry.key, also=beside_leases)
+        self._follower = Follower(self._leases, followed, own=held.entry.key, also=beside_leases)
         self._crew.start("lease keeper", keep, keeper.stop)
         self._crew.start("announcer", announcer.run, announcer.stop)
         self._crew.start("peer watch", self._follower.run, self._follower.stop)
@@ -654,6 +760,7 @@ class Agent:
             backend_type=config.backend_type,
             memo=self._memo,
         )
+        self._observer.learned(table)
         self._note("keys", tuple(map(_unreadable, table.unreadable)))
         self._note("leases", problems)
         if self._peers is not None and peers != self._peers:
@@ -698,6 +805,7 @@ class Agent:
                 key=lambda problem: (problem.id, problem.subnet or _NOWHERE, problem.message),
             )
         )
+        self._observer.noted(self.problems)
         known = {(problem.id, problem.message) for problem in before}
         there = {(problem.id, problem.message) for problem in found}
         new = [problem for problem in found if (problem.id, problem.message) not in known]
@@ -753,15 +861,28 @@ class Agent:
         except FlanctlError as error:
             if error.id in FATAL or self.phase is not Phase.READY:
                 raise
+            self._observer.unseen(error)
             self._log.warn(f"could not look at the kernel, trying again: {error.message}")
             self._count_failure(error)
             return
         repaired, failed = list(report.repaired), list(report.failed)
+        rules_error: str | None = None
         if with_rules:
             try:
                 repaired += rules.ensure(masq=self._options.ip_masq, forward=self._options.forward_rules)
             except FlanctlError as error:
+                rules_error = error.message
                 failed.append(error.message)
+        trouble = machine.underlay_trouble() if with_rules else None
+        self._observer.applied(
+            report,
+            seconds=self._clock.now() - self._looked,
+            rules=self._options.ip_masq + self._options.forward_rules if with_rules else None,
+            rules_repaired=len(repaired) - len(report.repaired),
+            rules_error=rules_error,
+            address_trouble=trouble,
+            peers=len(self._peers or ()),
+        )
         if self.phase is Phase.READY:
             for sentence in repaired:
                 if count := self._repeated.worth_saying(sentence):
@@ -769,11 +890,7 @@ class Agent:
         for sentence in failed:
             if count := self._repeated.worth_saying(sentence):
                 self._log.warn(sentence, times=count)
-        if (
-            with_rules
-            and (trouble := machine.underlay_trouble())
-            and (count := self._repeated.worth_saying(trouble))
-        ):
+        if trouble and (count := self._repeated.worth_saying(trouble)):
             self._log.warn(trouble, times=count, id="address-gone")
         if self.phase is Phase.LEASED:
             self._get_ready(config, machine, held)
@@ -801,6 +918,7 @@ class Agent:
             public_ip=machine.underlay.public_ip,
             peers=len(self._peers or ()),
         )
+        self._ready_line = self._said_status = line
         self._notify.ready(line)
         self._unsaved = True
         self._write_down()
@@ -869,8 +987,8 @@ class Agent:
 
     def _on_signal(self, number: int) -> None:
         """Only sets a flag and posts a message; SimpleQueue.put is safe in a handler."""
-        if number == signal.SIGUSR1:
-            self._inbox.put(ShowCounters())
+        if number in {signal.SIGUSR1, signal.SIGHUP}:
+            self._inbox.put(ShowCounters() if number == signal.SIGUSR1 else Reload())
             return
         self._stop_reason = signal.Signals(number).name
         self._inbox.put(Stop(self._stop_reason))
@@ -891,12 +1009,12 @@ class Agent:
 
 @contextmanager
 def _signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT stop, SIGUSR1 shows counters; the former handlers come back."""
+    """SIGTERM and SIGINT stop, SIGUSR1 shows counters, SIGHUP has us look; the former handlers come back."""
 
     def handle(number: int, _frame: FrameType | None) -> None:
         handler(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

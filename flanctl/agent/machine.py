@@ -76,6 +76,14 @@ class Machine:
             return f"the address {address} is gone from {name}; restart the agent to use another"
         return None if link.up else f"the interface {name} is down"
 
+    def docker_bridge(self) -> tuple[str, ...] | None:
+        """docker0's addresses, `172.17.41.1/24`; None without a docker0, or if the kernel does not say."""
+        try:
+            link = self.kernel.link("docker0")
+        except FlanctlError:
+            return None
+        return None if link is None else tuple(str(address) for address in link.addresses)
+
     def close(self) -> None:
         self.kernel.close()
 

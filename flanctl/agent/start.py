@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from ipaddress import AddressValueError, IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,4 +79,17 @@ def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
         renew_margin=settings.number("subnet_lease_renew_margin", 1, 1439) * 60.0,
         patient=patient,
         lease_ttl=settings.seconds("lease_ttl", lowest=SHORTEST_TTL),
+        healthz=_healthz(settings),
     )
+
+
+def _healthz(settings: Settings) -> tuple[str, int] | None:
+    text = settings.text("healthz_ip")
+    try:
+        address = str(IPv4Address(text))
+    except AddressValueError:
+        raise UsageError(
+            f'--healthz-ip "{text}" (from {settings.source("healthz_ip")}) is not an IPv4 address'
+        ) from None
+    port = settings.number("healthz_port", 0, 65535)
+    return (address, port) if port else None

@@ -18,8 +18,9 @@ def agent(check: bool) -> None:
     """Lease a subnet, carry this host's packets, follow every other host.
 
     Writes subnet.env once packets can flow and tells systemd (Type=notify). SIGTERM stops it and leaves device, rules
-    and lease in place, so that a restart keeps the subnet; SIGUSR1 logs packet counters. Ends with 8 when another
-    host took our subnet.
+    and lease in place, so that a restart keeps the subnet; SIGUSR1 logs packet counters, SIGHUP has it compare
+    the machine at once. Ends with 8 when another host took our subnet. flanctl status and --healthz-port tell how
+    it is.
 
     \b
     Examples:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from flanctl.settings import AGENT, REGISTRY, Setting, Settings, resolve
+from flanctl.settings import AGENT, REGISTRY, RUN_DIR, SUBNET_FILE, Setting, Settings, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +78,8 @@ def _from_table(rows: tuple[Setting, ...]) -> Callable[[F], F]:
 
 registry_options = _from_table(REGISTRY)
 agent_options = _from_table(AGENT)
+place_options = _from_table((SUBNET_FILE, RUN_DIR))
+"""Where an agent keeps its files, for commands that look at them."""
 
 
 def output_options(command: F) -> F:

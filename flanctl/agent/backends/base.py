@@ -21,12 +21,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Objects:
+    """One kind of kernel object (link, route): how many are wanted, are still missing, had to be repaired."""
+
+    kind: str
+    wanted: int
+    missing: int = 0
+    repaired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyReport:
     """What one `apply` did. `repaired` are sentences for the log; `failed` are kept for the next try."""
 
     peers: int
     repaired: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
+    objects: tuple[Objects, ...] = ()
+    """The same in numbers, for status and metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,11 @@ class Backend(Protocol):
     @property
     def mtu(self) -> int:
         """Bytes an inner packet may have; known after `start`."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Name of the link packets enter; for status."""
         ...
 
     @property

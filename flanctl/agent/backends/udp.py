@@ -18,7 +18,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flanctl.agent.backends.base import ApplyReport, BackendAttributes
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
 from flanctl.agent.kernel import tun
 from flanctl.agent.kernel.links import Device, ensure_device, open_device, refuse_foreign
 from flanctl.agent.kernel.routes import Routes, device_route
@@ -44,6 +44,7 @@ class UdpBackend:
     """TUN, socket and data plane of one agent. See backends/base.py for what each call promises."""
 
     data_path = "userspace"
+    device = DEVICE
 
     def __init__(
         self, kernel: Kernel, config: NetworkConfig, underlay: Underlay, *, peer_check: str = "strict"
@@ -141,14 +142,16 @@ class UdpBackend:
             link = self._kernel.link(DEVICE)
         except NotFound:
             link = None
+        device = Objects("link", 1, missing=int(link is None), repaired=len(repaired))
         if link is None:
-            return ApplyReport(len(peers), tuple(repaired), (f"{DEVICE} is gone again",))
+            return ApplyReport(len(peers), tuple(repaired), (f"{DEVICE} is gone again",), (device,))
         wanted = [] if self._config.dialect is Dialect.V0_7 else [device_route(link, self._config.network)]
         report = self._routes.apply(wanted)
         self._plane.replace_routes(
             [(str(peer.subnet.network_address), peer.subnet.prefixlen, str(peer.public_ip)) for peer in peers]
         )
-        return ApplyReport(len(peers), (*repaired, *report.repaired), report.failed)
+        routes = Objects("route", len(wanted), missing=report.missing, repaired=len(report.repaired))
+        return ApplyReport(len(peers), (*repaired, *report.repaired), report.failed, objects=(device, routes))
 
     def counters(self) -> Mapping[str, int]:
         return {} if self._plane is None else self._plane.counters()

@@ -69,3 +69,5 @@ class RouteReport:
 
     repaired: tuple[str, ...] = field(default=())
     failed: tuple[str, ...] = field(default=())
+    missing: int = 0
+    """How many wanted routes the kernel does not have."""

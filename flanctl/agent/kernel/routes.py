@@ -67,6 +67,7 @@ class Routes:
                 failed.append(f"route {_words(route, names)}: there is {there} by somebody else")
             except FlanctlError as error:
                 failed.append(str(error))
+        missing = len(failed)
         for key, route in ours.items():
             if key in desired:
                 continue
@@ -75,7 +76,7 @@ class Routes:
                 repaired.append(f"route {_words(route, names)} is not wanted, deleted")
             except FlanctlError as error:
                 failed.append(str(error))
-        return RouteReport(tuple(repaired), tuple(failed))
+        return RouteReport(tuple(repaired), tuple(failed), missing)
 
 
 def _words(route: Route, names: Mapping[int, str]) -> str:

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from base64 import b64encode
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from ipaddress import IPv4Address, IPv4Network
@@ -23,8 +23,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flanctl.agent import state as state_file
-from flanctl.agent.backends.base import ApplyReport, BackendAttributes
-from flanctl.agent.daemon import FAILURES, Agent, LinkChanged, Options, PathFailed, Phase, ShowCounters, lock
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
+from flanctl.agent.daemon import (
+    FAILURES,
+    Agent,
+    LinkChanged,
+    Options,
+    PathFailed,
+    Phase,
+    Reload,
+    ShowCounters,
+    lock,
+)
 from flanctl.agent.kernel.fake import FakeKernel
 from flanctl.agent.log import Log
 from flanctl.agent.notify import Notify
@@ -58,6 +68,7 @@ class FakeBackend:
     """Does what the daemon tells it and writes it down."""
 
     data_path = "userspace"
+    device = "flannel0"
     mtu = 1472
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -137,6 +148,9 @@ class FakeMachine:
     def underlay_trouble(self) -> str | None:
         return self._house.trouble
 
+    def docker_bridge(self) -> tuple[str, ...] | None:
+        return self._house.bridge
+
     def link_watch(self, changed):
         return self._house.monitor, self._house.monitor_stopped.set
 
@@ -151,12 +165,15 @@ class House:
         self.folder = folder
         self.clock = FakeClock()
         self.trouble: str | None = None
+        self.bridge: tuple[str, ...] | None = None
         self.registry = MemoryStore(self.clock)
         self.subnet_file = folder / "run" / "subnet.env"
         self.agents = 0
         self.renew()
 
-    def renew(self, *, patient: bool = False) -> None:
+    def renew(
+        self, *, patient: bool = False, watchdog: float = 0.0, healthz: tuple[str, int] | None = None
+    ) -> None:
         """The same host after its agent ended: files and registry stay."""
         self.agents += 1
         self.steps: list[str] = []
@@ -167,9 +184,9 @@ class House:
         self.monitor_stopped = threading.Event()
         self.monitor: Callable[[], object] = self.monitor_stopped.wait
         self.store = self.registry.another()
-        self.options(patient=patient)
+        self.options(watchdog=watchdog, patient=patient, healthz=healthz)
 
-    def options(self, **more: float) -> None:
+    def options(self, *, watchdog: float = 0.0, **more) -> None:
         self.agent = Agent(
             Options(
                 PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0, **more
@@ -178,7 +195,7 @@ class House:
             dialect=Dialect.V0_28,
             look=self.look,  # type: ignore[arg-type]
             log=Log(self.text, journal=False),
-            notify=Notify(f"@flanctl-test-{os.getpid()}"),
+            notify=Notify(f"@flanctl-test-{os.getpid()}", watchdog=watchdog),
             clock=self.clock,
         )  # fmt: skip
 
@@ -798,10 +815,17 @@ def test_a_restart_during_an_outage_carries_packets_at_once_in_the_same_subnet(h
         house.ready()
         assert set(house.backend.applied) == {("172.17.9.0/24",)}
         assert house.subnet_file.exists()
+        until(lambda: problem_ids(house) == ["registry-unreachable"])
+        until(lambda: told(house)["state"] == "ready")
+        shown = told(house)
+        assert (shown["peers"]["count"], shown["lease"]["renewed"]) == (1, None)
+        assert 86000 <= shown["lease"]["seconds_left"] <= 86400
+        assert answers(house, "/readyz") == (200, "ready\n")
         house.peer(10)
         house.store._failures.clear()
         until(lambda: (house.clock.advance(5), "172.17.10.0/24" in house.backend.applied[-1])[1])
         until(lambda: (house.clock.advance(5), "renewed" in house.log())[1])
+        until(lambda: told(house)["lease"]["renewed"] is not None)
 
     house.live(script)
     assert "going on with what we knew last: 172.17." in house.log()
@@ -882,7 +906,7 @@ def test_what_was_known_is_not_used_when_the_registry_answers(house):
 WORDS = b'{"data_path":"userspace","host":"node7","instance":"7777777777","run":"another","version":"0.1.0"}'
 
 
-def problem_ids(house) -> list[str]:
+def noted(house) -> list[str]:
     return [problem.id for problem in house.agent.problems]
 
 
@@ -897,10 +921,13 @@ def test_another_machine_with_our_address_is_named_beside_us(house):
         house.registry.replace(ANNOUNCED, WORDS, ttl=86400, expected=entry.revision)
         house.said("another machine announces our address: host node7 (instance 77777777")
         assert f"beside this one, {os.uname().nodename} (instance" in house.log()
-        assert problem_ids(house) == ["clone"]
+        assert noted(house) == ["clone"]
+        until(lambda: problem_ids(house) == ["clone"])
+        assert "host node7 (instance 77777777" in told(house)["problems"][0]["message"]
+        assert told(house)["verdict"] == "degraded"
         # Ten minutes later we write our words again; the other is heard of once more only if it is still there.
         until(lambda: (house.clock.advance(600), house.registry.get(ANNOUNCED).value != WORDS)[1])
-        until(lambda: (house.clock.advance(600), problem_ids(house) == [])[1])
+        until(lambda: (house.clock.advance(600), noted(house) == [])[1])
 
     house.live(script)
     assert "over: another machine" in house.log()
@@ -934,13 +961,15 @@ def test_a_changed_config_is_told_with_what_changed_and_what_it_means_for_us(hou
         )
         house.said(f"was changed at revision {entry.revision}: Network 172.17.0.0/16 -> 10.0.0.0/8")
         house.said("has no place in the new one")
-        assert problem_ids(house) == ["config-changed"]
+        assert noted(house) == ["config-changed"]
         entry = house.registry.replace(entry.key, b'{"Network":', ttl=None, expected=entry.revision)
-        until(lambda: problem_ids(house) == ["config-invalid"])
+        until(lambda: noted(house) == ["config-invalid"])
         house.registry.delete(entry.key)
         until(lambda: problem_ids(house) == ["no-config"])
+        assert told(house)["registry"]["answers"] is True
+        assert answers(house, "/readyz")[0] == 200
         house.configure()
-        until(lambda: problem_ids(house) == [])
+        until(lambda: noted(house) == [])
 
     house.live(script)
     assert house.log().count("id=config-changed") == 2, "once when it came, once when it went"
@@ -953,9 +982,9 @@ def test_leases_that_cannot_be_right_are_named_with_both_parties_and_again_when_
         first = house.peer(88, b'{"PublicIP":"10.0.2.15"}')
         house.peer(89, b'{"PublicIP":"10.0.2.15"}')
         house.said("172.17.88.0/24 and 172.17.89.0/24 both name 10.0.2.15")
-        assert problem_ids(house) == ["duplicate-ip"] * 2
+        assert noted(house) == ["duplicate-ip"] * 2
         house.registry.delete(first)
-        until(lambda: (house.clock.advance(1), problem_ids(house) == [])[1])
+        until(lambda: (house.clock.advance(1), noted(house) == [])[1])
         house.peer(88, b'{"PublicIP":"10.0.2.15"}')
         until(lambda: house.log().count("warn  172.17.88.0/24 and 172.17.89.0/24 both name") == 2)
 
@@ -982,8 +1011,13 @@ def test_a_thousand_bad_keys_are_a_few_lines_and_a_count(house):
 def test_a_state_directory_that_cannot_be_written_stops_no_packet(house):
     """A full disk: etcd and subnet.env remember our subnet too."""
     (house.folder / "state" / "state.json").mkdir(parents=True)  # a file cannot be put in its place
-    house.live_until_ready()
-    assert "bad-state" in problem_ids(house)
+
+    def script():
+        house.ready()
+        until(lambda: problem_ids(house) == ["bad-state"])
+        until(lambda: told(house)["verdict"] == "ready", what="ready: it is a warning")
+
+    house.live(script)
     assert "is not remembered over a reboot" in house.log()
 
 
@@ -1241,8 +1275,9 @@ def test_flanneld_waits_until_the_config_lets_it_start(empty_house, config, says
             house.ready()
 
         house.live(script)
-        waited = [text for text in heard() if text.startswith("STATUS=waiting for /jxdd/network/config: ")]
+        waited = [text for text in heard() if text.startswith("STATUS=waiting for /jxdd/network/config (")]
     assert len(waited) > 20
+    assert "/config (2m): " in waited[-1]
     assert all(re.search(r"\nEXTEND_TIMEOUT_USEC=\d+$", text) for text in waited)
     assert len(house.ours()) == 1
     assert house.steps.count("close") == house.steps.count("check")
@@ -1271,3 +1306,218 @@ def test_a_device_somebody_holds_is_not_waited_for(house):
     house.failures["check"] = Conflict("flannel0 is held by flanneld (pid 7)", id="device-busy")
     with pytest.raises(Conflict):
         house.live(lambda: until(lambda: house.agent.phase is Phase.STOPPED))
+
+
+# ---- seen from outside ------------------------------------------------------------------------------------------------
+
+
+def answers(house, path):
+    """Status and body of a question to the running agent."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as channel:
+        channel.settimeout(10)
+        channel.connect(str(house.folder / "lock" / "agent.sock"))
+        channel.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        reply = b"".join(iter(lambda: channel.recv(65536), b""))
+    head, _, body = reply.decode().partition("\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def told(house):
+    return json.loads(answers(house, "/status")[1])
+
+
+def problem_ids(house):
+    return [problem["id"] for problem in told(house)["problems"]]
+
+
+def test_an_agent_that_waits_is_alive_not_ready_and_says_for_what(empty_house):
+    house = empty_house
+
+    def script():
+        house.said("waiting: ")
+        assert answers(house, "/healthz") == (200, "ok\n")
+        code, body = answers(house, "/readyz")
+        assert code == 503
+        assert body.startswith("no-lease: no network config at /jxdd/network/config")
+        assert told(house)["verdict"] == "starting"
+        assert problem_ids(house) == ["no-config"]
+        house.configure()
+        house.clock.advance(10)
+        house.ready()
+        until(lambda: answers(house, "/readyz") == (200, "ready\n"))
+        assert problem_ids(house) == []
+
+    house.live(script)
+    assert not (house.folder / "lock" / "agent.sock").exists()
+
+
+def test_status_has_lease_network_peers_and_what_the_registry_holds(house):
+    house.peer(7)
+    house.peer(9, b"{}")
+
+    def script():
+        house.ready()
+        until(lambda: told(house)["state"] == "ready")
+        shown = told(house)
+        assert shown["lease"]["subnet"] in {
+            str(IPv4Network(key.rpartition("/")[2].replace("-", "/"))) for key in house.ours()
+        }
+        assert 86390 <= shown["lease"]["seconds_left"] <= 86400
+        assert (shown["network"], shown["public_ip"], shown["mtu"]) == (
+            "172.17.0.0/16",
+            "192.168.66.11",
+            1472,
+        )
+        assert shown["peers"]["count"] == 1
+        assert shown["kernel"]["rule"] == {"wanted": 2, "missing": 0}
+        assert problem_ids(house) == ["bad-value"]
+        assert 'flanctl_subnets_taken{kind="unreadable"} 1\n' in answers(house, "/metrics")[1]
+
+    house.live(script)
+
+
+def test_a_registry_that_goes_away_degrades_and_coming_back_heals(house):
+    with systemd() as heard:
+
+        def script():
+            house.ready()
+            house.store.fail("event", AWAY)
+            house.store.fail("list", AWAY, times=10_000)
+            until(lambda: problem_ids(house) == ["registry-unreachable"], what=house.log)
+            shown = told(house)
+            assert (shown["verdict"], shown["registry"]["answers"]) == ("degraded", False)
+            assert answers(house, "/readyz") == (200, "ready\n"), "packets go on"
+            until(lambda: "STATUS=degraded: no answer [registry-unreachable]" in heard())
+            timeouts = 'flanctl_registry_requests_total{operation="list",result="timeout"} '
+            until(lambda: (house.clock.advance(6), f"{timeouts}0\n" not in answers(house, "/metrics")[1])[1])
+            house.store._failures.clear()
+            until(lambda: (house.clock.advance(6), problem_ids(house) == [])[1])
+            until(lambda: heard()[-1].startswith("STATUS=network=172.17.0.0/16 subnet="))
+            text = answers(house, "/metrics")[1]
+            assert 'flanctl_watch_restarts_total{reason="error"} 1\n' in text
+
+        house.live(script)
+
+
+def test_systemd_waits_on_while_the_first_list_of_peers_does_not_come(house):
+    with systemd() as heard:
+
+        def script():
+            house.store.fail("list", AWAY, skip=1, times=10_000)  # the lease is had, the peers are not
+            until(lambda: house.agent.phase is Phase.LEASED)
+            wanted = "STATUS=waiting for the first complete list of peers: no answer\nEXTEND_TIMEOUT_USEC="
+            until(lambda: (house.clock.advance(6), any(text.startswith(wanted) for text in heard()))[1])
+            assert answers(house, "/readyz")[0] == 503
+            house.store._failures.clear()
+            until(lambda: (house.clock.advance(6), house.agent.phase is Phase.READY)[1])
+
+        house.live(script)
+
+
+def test_what_the_kernel_refuses_and_docker_missed_is_in_status_until_it_is_mended(house):
+    house.backend.reports = [
+        ApplyReport(0, objects=(Objects("link", 1), Objects("route", 1))),
+        ApplyReport(0, (), ("route 172.17.0.0/16: there is another",), (Objects("link", 1), Objects("route", 1, missing=1))),
+        ApplyReport(0, ("route was missing",), (), (Objects("link", 1), Objects("route", 1, repaired=1))),
+    ]  # fmt: skip
+
+    def script():
+        house.ready()
+        until(lambda: told(house)["state"] == "ready")
+        house.bridge = ("172.17.0.1/16",)
+        house.rules.answers = [FlanctlError("iptables: no")]
+        house.agent._inbox.put(Reload())
+        until(lambda: problem_ids(house) == ["routes-missing", "rules-missing", "docker0-old"])
+        code, body = answers(house, "/readyz")
+        assert (code, body) == (503, "routes-missing: route 172.17.0.0/16: there is another\n")
+        house.bridge = None
+        house.agent._inbox.put(Reload())
+        until(lambda: problem_ids(house) == [])
+        text = answers(house, "/metrics")[1]
+        assert 'flanctl_kernel_repairs_total{kind="route"} 1\n' in text
+        assert 'flanctl_kernel_failures_total{kind="rule"} 2\n' in text
+
+    house.live(script)
+
+
+def test_a_lost_lease_is_in_the_last_snapshot(house):
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        house.registry.delete(key)
+        house.registry.create(key, b'{"PublicIP":"192.168.66.77"}', ttl=86400)
+        until(lambda: house.agent.phase is Phase.STOPPED)
+
+    with pytest.raises(LeaseLost):
+        house.live(script)
+    last = house.agent._observer.snapshot
+    assert (last.state, last.found[0].id) == ("stopping", "lease-foreign")
+
+
+def test_the_watchdog_hears_a_loop_that_turns_and_not_one_that_hangs(house):
+    with systemd() as heard:
+        house.renew(watchdog=0.3)
+
+        def signs():
+            return heard().count("WATCHDOG=1")
+
+        def script():
+            house.ready()
+            for _ in range(3):
+                before = signs()
+                house.clock.advance(1)
+                until(lambda before=before: signs() > before)
+            applied = len(house.backend.applied)
+            house.backend.pause.clear()
+            house.agent._inbox.put(Reload())
+            until(lambda: len(house.backend.applied) > applied)
+            hung = signs()
+            house.clock.advance(300)
+            code, body = answers(house, "/healthz")
+            assert (code, body) == (503, "loop-stalled: the loop has not turned for 300s\n")
+            assert "loop-stalled" in problem_ids(house)
+            assert signs() == hung
+            house.backend.pause.set()
+            until(lambda: signs() > hung)
+            assert answers(house, "/healthz")[0] == 200
+
+        house.live(script)
+        assert heard()[-1].startswith("STOPPING=1")
+
+
+def test_SIGHUP_ends_nothing_and_has_the_machine_compared(house):
+    def script():
+        house.ready()
+        before = len(house.backend.applied)
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: len(house.backend.applied) > before)
+        house.said("SIGHUP")
+
+    house.live(script)
+
+
+def test_without_a_place_for_the_socket_the_agent_runs_all_the_same(house, monkeypatch):
+    monkeypatch.setattr("flanctl.agent.daemon.StatusApi.open", no_socket)
+    house.live_until_ready()
+    assert "flanctl status cannot ask this agent" in house.log()
+
+
+def no_socket(self):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_taken_health_port_is_refused_by_check_and_survived_by_run(house):
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        house.renew(healthz=holder.getsockname())
+        with pytest.raises(Conflict) as caught:
+            house.agent.check()
+        assert caught.value.id == "healthz-port"
+        house.renew(healthz=holder.getsockname())
+
+        def script():
+            house.ready()
+            until(lambda: problem_ids(house) == ["healthz-port"])
+
+        house.live(script)

@@ -28,6 +28,7 @@ COMMANDS = [
     "unreserve",
     "capacity",
     "agent",
+    "status",
     "docker-opts",
     "demo",
     "version",

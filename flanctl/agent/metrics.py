@@ -1,0 +1,207 @@
+"""`/metrics`: the Prometheus text format, version 0.0.4.
+
+`TABLE` is the promise: every name with its type and meaning; docs/monitoring.md has the same table and a test
+compares them. Only what is truly fed is in it, every label value known beforehand is there from the start with 0, and
+nothing grows with the number of peers. Times are timestamps (seconds since 1970), not ages.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from flanctl.agent.snapshot import PROBLEMS, counted, problems
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flanctl.agent.meters import Histogram, Meters, Tally
+    from flanctl.agent.snapshot import Now, Snapshot
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+REASONS = (
+    "no_route", "short", "bad_version", "bad_length", "unknown_sender", "spoofed_source", "foreign_destination",
+    "too_big", "send_error", "tun_error", "queue_full",
+)  # fmt: skip
+"""Why the data plane drops packets (native/dataplane/src/counters.rs; a test compares)."""
+
+STATES = ("starting", "leased", "ready", "stopping")
+
+TABLE: Mapping[str, tuple[str, str]] = {
+    "flanctl_build_info": ("gauge", "Always 1; the version is a label."),
+    "flanctl_network_info": ("gauge", "Always 1, once a lease is held: network, subnet, public_ip, backend, data_path."),
+    "flanctl_agent_state": ("gauge", "1 for the state the agent is in, else 0, by state."),
+    "flanctl_problem": ("gauge", "1 while the problem is there, by id and severity."),
+    "flanctl_lease_expiry_timestamp_seconds": ("gauge", "When our lease ends unless renewed; absent for a reservation."),
+    "flanctl_lease_renewals_total": (
+        "counter",
+        "Renewals by result; conflict: the key was gone or rewritten, and stands again.",
+    ),
+    "flanctl_registry_requests_total": ("counter", "Requests to the registry by operation and result."),
+    "flanctl_registry_request_duration_seconds": ("histogram", "How long they took, by operation."),
+    "flanctl_registry_last_success_timestamp_seconds": ("gauge", "When the registry last answered."),
+    "flanctl_watch_last_message_timestamp_seconds": ("gauge", "When the watch last brought anything, signs of life included."),
+    "flanctl_watch_restarts_total": (
+        "counter",
+        "Watches that ended by themselves, by reason; one mended inside the client is not seen.",
+    ),
+    "flanctl_peers": ("gauge", "Other hosts this one routes to; runs is unknown, for the agent does not ask."),
+    "flanctl_unreadable_entries": ("gauge", "Keys and values below subnets/ that cannot be understood, by kind."),
+    "flanctl_subnets_capacity": ("gauge", "How many subnets the network has."),
+    "flanctl_subnets_taken": ("gauge", "How many are taken, by kind."),
+    "flanctl_kernel_objects_wanted": ("gauge", "Objects the kernel should have, by kind."),
+    "flanctl_kernel_objects_missing": ("gauge", "Those it does not have, by kind."),
+    "flanctl_kernel_repairs_total": ("counter", "Objects found missing or wrong and put right, by kind."),
+    "flanctl_kernel_failures_total": ("counter", "Tries that left an object missing, by kind."),
+    "flanctl_apply_duration_seconds": ("histogram", "How long one comparison with the kernel took."),
+    "flanctl_packets_total": ("counter", "Inner packets carried, by direction and path."),
+    "flanctl_bytes_total": ("counter", "Their bytes, by direction and path."),
+    "flanctl_dropped_packets_total": ("counter", "Packets refused, by reason and path."),
+    "flanctl_tunnel_mtu_bytes": ("gauge", "Bytes an inner packet may have."),
+    "flanctl_underlay_mtu_bytes": ("gauge", "The underlay's MTU."),
+    "flanctl_docker_bridge_matches": ("gauge", "1 if docker0 has the lease's first address, else 0; absent without a docker0."),
+    "process_cpu_seconds_total": ("counter", "User and system time of the agent."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory of the agent."),
+    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the agent."),
+    "process_open_fds": ("gauge", "Open file descriptors."),
+    "process_max_fds": ("gauge", "How many it may open."),
+    "process_start_time_seconds": ("gauge", "When the agent started."),
+}  # fmt: skip
+
+_Sample = tuple[str, float]
+"""What follows the metric's name (a histogram's suffix, labels), and the value."""
+
+
+def render(snapshot: Snapshot, meters: Meters, counters: Mapping[str, int], now: Now) -> str:
+    """The whole page. A metric without a value now is left out, its help with it."""
+    lines: list[str] = []
+    for name, samples in _families(snapshot, meters, counters, now).items():
+        kind, text = TABLE[name]
+        if samples:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{rest} {_number(value)}" for rest, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _families(
+    snapshot: Snapshot, meters: Meters, counters: Mapping[str, int], now: Now
+) -> dict[str, list[_Sample]]:
+    place, lease, taken = snapshot.place, snapshot.lease, snapshot.taken
+    there = counted(problems(snapshot, now))
+    path = "userspace" if place is None else place.data_path
+
+    def moment(boot: float | None) -> list[_Sample]:
+        return [] if boot is None else [("", round(now.wall + boot - now.boot, 3))]
+
+    info = {}
+    if place is not None and lease is not None:
+        info = {
+            "network": place.network, "subnet": lease.subnet, "public_ip": place.public_ip,
+            "backend": place.backend, "data_path": place.data_path,
+        }  # fmt: skip
+    return {
+        "flanctl_build_info": [(_labels(version=snapshot.version), 1)],
+        "flanctl_network_info": [(_labels(**info), 1)] if info else [],
+        "flanctl_agent_state": [(_labels(state=state), float(state == snapshot.state)) for state in STATES],
+        "flanctl_problem": [
+            (_labels(id=id_, severity=severity), float(there[id_] > 0)) for id_, severity in PROBLEMS.items()
+        ],
+        "flanctl_lease_expiry_timestamp_seconds": moment(None if lease is None else lease.ends),
+        "flanctl_lease_renewals_total": _tally(meters.renewals, "result"),
+        "flanctl_registry_requests_total": _tally(meters.requests, "operation", "result"),
+        "flanctl_registry_request_duration_seconds": [
+            sample
+            for operation, histogram in meters.request_seconds.items()
+            for sample in _buckets(histogram, operation=operation)
+        ],
+        "flanctl_registry_last_success_timestamp_seconds": moment(snapshot.answered),
+        "flanctl_watch_last_message_timestamp_seconds": moment(snapshot.watched),
+        "flanctl_watch_restarts_total": _tally(meters.restarts, "reason"),
+        "flanctl_peers": [] if snapshot.peers is None else [(_labels(runs="unknown"), snapshot.peers)],
+        "flanctl_unreadable_entries": []
+        if taken is None
+        else [(_labels(kind="key"), taken.bad_keys), (_labels(kind="value"), taken.bad_values)],
+        "flanctl_subnets_capacity": [] if place is None else [("", place.capacity)],
+        "flanctl_subnets_taken": []
+        if taken is None
+        else [
+            (_labels(kind="lease"), taken.leases),
+            (_labels(kind="reservation"), taken.reservations),
+            (_labels(kind="unreadable"), taken.bad_keys + taken.bad_values),
+        ],
+        "flanctl_kernel_objects_wanted": [
+            (_labels(kind=kind), wanted) for kind, wanted, _ in snapshot.objects
+        ],
+        "flanctl_kernel_objects_missing": [
+            (_labels(kind=kind), missing) for kind, _, missing in snapshot.objects
+        ],
+        "flanctl_kernel_repairs_total": _tally(meters.repairs, "kind"),
+        "flanctl_kernel_failures_total": _tally(meters.failures, "kind"),
+        "flanctl_apply_duration_seconds": _buckets(meters.apply_seconds),
+        "flanctl_packets_total": [
+            (_labels(direction=way, path=path), counters.get(f"{way}_packets", 0)) for way in ("out", "in")
+        ],
+        "flanctl_bytes_total": [
+            (_labels(direction=way, path=path), counters.get(f"{way}_bytes", 0)) for way in ("out", "in")
+        ],
+        "flanctl_dropped_packets_total": [
+            (_labels(reason=reason, path=path), counters.get(f"drop_{reason}", 0)) for reason in REASONS
+        ],
+        "flanctl_tunnel_mtu_bytes": [] if place is None else [("", place.mtu)],
+        "flanctl_underlay_mtu_bytes": [] if place is None else [("", place.underlay_mtu)],
+        "flanctl_docker_bridge_matches": []
+        if snapshot.docker_matches is None
+        else [("", float(snapshot.docker_matches))],
+        **{name: [("", value)] for name, value in _process().items()},
+    }
+
+
+def _buckets(histogram: Histogram, **labels: str) -> list[_Sample]:
+    buckets, total, count = histogram.read()
+    return [
+        *((f"_bucket{_labels(**labels, le=bound)}", below) for bound, below in buckets),
+        (f"_sum{_labels(**labels)}", total),
+        (f"_count{_labels(**labels)}", count),
+    ]
+
+
+def _tally(tally: Tally, *names: str) -> list[_Sample]:
+    return [(_labels(**dict(zip(names, labels, strict=True))), count) for labels, count in tally.items()]
+
+
+def _labels(**labels: object) -> str:
+    if not labels:
+        return ""
+    return "{" + ",".join(f'{name}="{_escaped(str(value))}"' for name, value in labels.items()) + "}"
+
+
+def _escaped(text: str) -> str:
+    """The three characters the format escapes in a label's value."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def _process() -> dict[str, float]:
+    """The usual ones of a process, from /proc (proc(5)); those it does not tell are left out."""
+    times = os.times()
+    found: dict[str, float] = {"process_cpu_seconds_total": round(times.user + times.system, 2)}
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        with open("/proc/stat", encoding="ascii", errors="replace") as file:
+            booted = next(float(line.split()[1]) for line in file if line.startswith("btime "))
+        found["process_virtual_memory_bytes"] = int(fields[20])
+        found["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        found["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        found["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        with open("/proc/self/limits", encoding="ascii", errors="replace") as file:
+            found["process_max_fds"] = next(
+                float(line.split()[3]) for line in file if line.startswith("Max open files ")
+            )
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    return found
