@@ -80,6 +80,12 @@ REGISTRY = (
         etcdctl="ETCDCTL_ENDPOINTS",
     ),
     Setting(
+        "discovery_srv",
+        "Domain whose DNS SRV records name the etcd endpoints, instead of --endpoints.",
+        metavar="DOMAIN",
+        etcdctl="ETCDCTL_DISCOVERY_SRV",
+    ),
+    Setting(
         "prefix",
         "Key prefix of the network in the registry.",
         default="/jxdd/network",
@@ -111,7 +117,17 @@ REGISTRY = (
         default="5",
         metavar="SECONDS",
     ),
-    Setting("dialect", "flannel's bytes to speak: 0.7 or 0.28.", default="0.28", metavar="0.7|0.28"),
+    Setting(
+        "api",
+        "etcd's API: v3, v2, or auto for the one that holds the config.",
+        default="auto",
+        metavar="auto|v2|v3",
+    ),
+    Setting(
+        "dialect",
+        "flannel's bytes to speak: 0.7 or 0.28. Without it, 0.7 in etcd v2 and 0.28 elsewhere.",
+        metavar="0.7|0.28",
+    ),
 )
 # No flag for it on purpose: a password on the command line is seen by everyone on the host.
 PASSWORD = Setting(

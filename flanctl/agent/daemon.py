@@ -168,7 +168,7 @@ class Agent:
         options: Options,
         *,
         store: Store,
-        dialect: Dialect,
+        dialect: Dialect | None,
         look: Callable[[NetworkConfig], Machine],
         log: Log,
         notify: Notify,
