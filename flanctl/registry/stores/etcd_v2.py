@@ -406,7 +406,7 @@ class V2Watch(HttpWatch):
     def _connect(self, endpoint: Endpoint, deadline: float) -> http.Connection | None:
         again, self._again = self._again, None
         self._told = False
-        if self._lost is not None:
+        if again is None:
             self._v2.probe(endpoint, self._wake)  # a poll is taken by a member without a leader too
         path = f"{_path(self._folder)}?wait=true&recursive=true&waitIndex={self._last + 1}"
         try:
