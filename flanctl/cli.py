@@ -5,7 +5,6 @@ Commands are imported when they are called, so that `flanctl version` does not p
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flanctl import streams
 from flanctl.commands.options import flags_of, output_options, registry_options, write_out
 from flanctl.errors import INTERRUPTED, FlanctlError
 from flanctl.text import printable
@@ -131,14 +131,11 @@ def flanctl() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Values may hold anything UTF-8 can; a C locale must not turn them into a traceback.
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    streams.speak_utf8()
     if instruction := os.environ.get(COMPLETE):
         from click.shell_completion import shell_complete
 
-        return _flushed(shell_complete(flanctl, {}, "flanctl", COMPLETE, instruction))
+        return streams.flushed(shell_complete(flanctl, {}, "flanctl", COMPLETE, instruction))
     context = None
     code = 0
     try:
@@ -152,13 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(context, error)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _to_stderr("interrupted\n")
+        streams.say("interrupted\n")
         code = INTERRUPTED
     except BrokenPipeError:
-        return _quiet_end()
+        return streams.quiet_end()
     except Exception as error:  # the last line of defence: no traceback reaches a user
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            return _unwritable(error, 1)  # an unbuffered stdout says so before the end
+        if isinstance(error, OSError) and error.errno in streams.LOST and error.filename is None:
+            return streams.unwritable(error, 1)  # an unbuffered stdout says so before the end
         bug = FlanctlError(
             f"unexpected {type(error).__name__}: {error}",
             hint="run it again with --debug and report what it prints",
@@ -167,44 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bug.__cause__ = error
         _say(context, bug)
         code = bug.exit_code
-    return _flushed(code)
-
-
-def _flushed(code: int) -> int:
-    """Answers sit in a buffer: a full disk shows itself only now, and must not look like success."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        return _quiet_end()
-    except OSError as error:
-        return _unwritable(error, code)
-    return code
-
-
-def _unwritable(error: OSError, code: int) -> int:
-    _to_stderr(f"flanctl: cannot write the answer to standard output: {error.strerror}\n")
-    _drop_stdout()
-    return code or 1
-
-
-def _quiet_end() -> int:
-    """The reader (`| head`) has seen enough."""
-    _drop_stdout()
-    return 0
-
-
-def _drop_stdout() -> None:
-    """What is still buffered has nowhere to go; the interpreter's own flush at exit must not complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return streams.flushed(code)
 
 
 def _usage(error: click.UsageError) -> int:
     path = error.ctx.command_path if error.ctx else "flanctl"
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        _to_stderr(error.format_message() + "\n")
+        streams.say(error.format_message() + "\n")
         return 2
-    _to_stderr(f"{path}: {error.format_message().rstrip('.')}\ntry: {path} --help\n")
+    streams.say(f"{path}: {error.format_message().rstrip('.')}\ntry: {path} --help\n")
     return 2
 
 
@@ -220,16 +188,16 @@ def _say(context: click.Context | None, error: FlanctlError) -> None:
             "details": list(error.details),
             "try": error.hint,
         }
-        _to_stderr(dumps({"schema": 1, "error": shown}, ensure_ascii=False) + "\n")
+        streams.say(dumps({"schema": 1, "error": shown}, ensure_ascii=False) + "\n")
     else:
         lines = [f"{path}: {error.message}", *(f"  {line}" for line in error.details)]
         if error.hint:
             lines.append(f"try: {error.hint}")
-        _to_stderr("\n".join(map(printable, lines)) + "\n")
+        streams.say("\n".join(map(printable, lines)) + "\n")
     if context is not None and "debug" in flags_of(context):
         from traceback import format_exception
 
-        _to_stderr("".join(format_exception(error)))
+        streams.say("".join(format_exception(error)))
 
 
 def write_out_or_table(context: click.Context) -> str:
@@ -243,11 +211,3 @@ def write_out_or_table(context: click.Context) -> str:
 def _command_path(context: click.Context) -> str:
     """`flanctl subnets ls`: the innermost context is gone by the time its error arrives here."""
     return str(context.meta.get(PATH, context.command_path))
-
-
-def _to_stderr(text: str) -> None:
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except (OSError, AttributeError, ValueError):
-        pass  # stderr is closed or full: nobody is left to tell

@@ -44,6 +44,22 @@ def run(argv: Sequence[str]) -> int:
         from flanctl.compat import flanneld_start
 
         return flanneld_start.main(argv[1:])
+    if list(argv[1:]) == ["version"]:
+        # What scripts ask most, answered without an option parser, which would be most of its time.
+        return _version()
     from flanctl import cli
 
     return cli.main(argv[1:])
+
+
+def _version() -> int:
+    from flanctl import streams, version_line
+
+    streams.speak_utf8()
+    try:
+        streams.out().write(version_line() + "\n")
+    except BrokenPipeError:
+        return streams.quiet_end()
+    except OSError as error:
+        return streams.unwritable(error, 1)
+    return streams.flushed(0)

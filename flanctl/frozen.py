@@ -38,8 +38,9 @@ def start() -> None:
     # With the usual 700 a command spends a fifth of its start looking for garbage among classes that stay. An agent
     # still collects, after 50,000 new objects (about 5 MB).
     gc.set_threshold(50_000)
-    _import_later("inspect", cleandoc=cleandoc)
-    _import_later("platform", system=lambda: os.uname().sysname)
+    _import_later("inspect", known={"cleandoc": cleandoc})
+    _import_later("platform", known={"system": lambda: os.uname().sysname})
+    _import_later("dataclasses", then=_take_compiled)
     libraries = {name: where for name, where in _frozen.parts.items() if name != MODULES}
     sys.meta_path.insert(0, Libraries(libraries, memfd=_frozen.memfd_create))
     sys.excepthook = _unhandled
@@ -75,22 +76,49 @@ def _unhandled(kind: type[BaseException], error: BaseException, _: object) -> No
 class _Later:
     """Stands in sys.modules for a module until something of it is used that it does not know."""
 
-    def __init__(self, name: str, known: dict[str, object]) -> None:
-        self.__dict__.update(known, __name__=name, __spec__=None)
+    def __init__(
+        self, name: str, known: dict[str, object], then: Callable[[ModuleType], None] | None
+    ) -> None:
+        self.__dict__.update(known, __name__=name, __spec__=None, _then=then)
 
     def __getattr__(self, wanted: str) -> object:
         name = str(self.__dict__["__name__"])
         if sys.modules.get(name) is self:  # type: ignore[comparison-overlap]
             del sys.modules[name]
-        __import__(name)
+            __import__(name)
+            if then := self.__dict__["_then"]:
+                then(sys.modules[name])
         return getattr(sys.modules[name], wanted)
 
 
-def _import_later(name: str, **known: object) -> None:
-    """Import `name` when it is used. click imports inspect (with ast, dis, tokenize) for one function, uuid imports
-    platform for another: a quarter of click's import. `known` are those functions.
+def _import_later(
+    name: str, *, known: dict[str, object] | None = None, then: Callable[[ModuleType], None] | None = None
+) -> None:
+    """Import `name` when it is used, and then call `then` with it.
+
+    click imports inspect (with ast, dis, tokenize) for one function, uuid imports platform for another: a quarter of
+    click's import. `known` are those functions.
     """
-    sys.modules[name] = _Later(name, known)  # type: ignore[assignment]  # it behaves like one
+    sys.modules[name] = _Later(name, known or {}, then)  # type: ignore[assignment]  # it behaves like one
+
+
+def _take_compiled(dataclasses: ModuleType) -> None:
+    """Let @dataclass find its methods compiled; what was not seen when we were built is compiled now."""
+    from _frozen_importlib_external import MAGIC_NUMBER
+
+    try:
+        from flanctl._compiled import CODE, MAGIC
+    except ImportError:
+        return
+    if MAGIC != MAGIC_NUMBER:
+        return
+    from marshal import loads
+
+    def run(text: str, names: dict[str, object], into: dict[str, object]) -> None:
+        code = CODE.get(text)
+        exec(text if code is None else loads(code), names, into)  # noqa: S102, S302  our own, out of our own file
+
+    vars(dataclasses)["exec"] = run
 
 
 def cleandoc(doc: str) -> str:

@@ -12,16 +12,19 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.errors import NotPermitted, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from os import PathLike
 
-TOML_FILE = Path("/etc/flanctl/flanctl.toml")
-SYSCONFIG_FILES = (Path("/etc/sysconfig/flanneld"), Path("/etc/default/flanneld"))
+    StrPath = str | PathLike[str]
+
+# No pathlib in here: every command reads settings, and it costs a tenth of a short one's start.
+TOML_FILE = "/etc/flanctl/flanctl.toml"
+SYSCONFIG_FILES = ("/etc/sysconfig/flanneld", "/etc/default/flanneld")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,12 @@ REGISTRY = (
         etcdctl="ETCDCTL_ENDPOINTS",
     ),
     Setting(
+        "discovery_srv",
+        "Domain whose DNS SRV records name the etcd endpoints, instead of --endpoints.",
+        metavar="DOMAIN",
+        etcdctl="ETCDCTL_DISCOVERY_SRV",
+    ),
+    Setting(
         "prefix",
         "Key prefix of the network in the registry.",
         default="/jxdd/network",
@@ -108,7 +117,17 @@ REGISTRY = (
         default="5",
         metavar="SECONDS",
     ),
-    Setting("dialect", "flannel's bytes to speak: 0.7 or 0.28.", default="0.28", metavar="0.7|0.28"),
+    Setting(
+        "api",
+        "etcd's API: v3, v2, or auto for the one that holds the config.",
+        default="auto",
+        metavar="auto|v2|v3",
+    ),
+    Setting(
+        "dialect",
+        "flannel's bytes to speak: 0.7 or 0.28. Without it, 0.7 in etcd v2 and 0.28 elsewhere.",
+        metavar="0.7|0.28",
+    ),
 )
 # No flag for it on purpose: a password on the command line is seen by everyone on the host.
 PASSWORD = Setting(
@@ -319,8 +338,8 @@ def resolve(
     flags: Mapping[str, str],
     *,
     environment: Mapping[str, str] | None = None,
-    toml_file: Path | None = None,
-    sysconfig_files: Iterable[Path] | None = None,
+    toml_file: StrPath | None = None,
+    sysconfig_files: Iterable[StrPath] | None = None,
 ) -> Settings:
     """Every setting by the order above. `flags` holds what the command line gave, by setting name.
 
@@ -359,9 +378,10 @@ def _first(
     return None if row.default is None else Value(row.default, "default")
 
 
-def _toml_values(path: Path) -> dict[str, Value]:
+def _toml_values(path: StrPath) -> dict[str, Value]:
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -382,19 +402,20 @@ def _toml_values(path: Path) -> dict[str, Value]:
     return values
 
 
-def _unreadable(path: Path, error: OSError) -> NotPermitted:
+def _unreadable(path: StrPath, error: OSError) -> NotPermitted:
     """Going on without it could ask, or write to, another registry than the operator configured."""
     return NotPermitted(f"cannot read settings from {path}: {error.strerror}")
 
 
-def _sysconfig_values(path: Path) -> dict[str, Value]:
+def _sysconfig_values(path: StrPath) -> dict[str, Value]:
     """KEY=VALUE lines as systemd's EnvironmentFile has them, and the flags inside FLANNEL_OPTIONS.
 
     Flags beat variables, as they do when flanneld-start runs. A line we cannot read is skipped: the file is the
     operator's for another program, and `flanctl subnets ls` must not fail over it.
     """
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        with open(path, errors="replace") as file:
+            lines = file.read().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

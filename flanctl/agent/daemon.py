@@ -195,7 +195,7 @@ class Agent:
         options: Options,
         *,
         store: Store,
-        dialect: Dialect,
+        dialect: Dialect | None,
         look: Callable[[NetworkConfig], Machine],
         log: Log,
         notify: Notify,
@@ -221,6 +221,8 @@ class Agent:
         self._peers: tuple[Peer, ...] | None = None
         self._words: Announcement
         self._config_text = b""
+        self._spoken: Dialect
+        """What the config was read in: `dialect`, or what goes with the store that had it."""
         self._known: Known | None = None
         """What we go on with, started while the registry is silent."""
         self._known_is_of_use = True
@@ -525,7 +527,7 @@ class Agent:
                     raise
                 self._wait_on(error)
                 continue
-            self._config_text = stored.entry.value
+            self._config_text, self._spoken = stored.entry.value, stored.config.dialect
             if stored.entry.revision != self._config_revision:  # a patient start comes here again and again
                 self._config_revision = stored.entry.revision
                 self._log.info(
@@ -543,16 +545,15 @@ class Agent:
             known = known_file.load(self._options.state_dir)
             if known is None or known.prefix != self._options.prefix:
                 return None
-            config = NetworkConfig.parse(
-                known.config, self._dialect, name="the config known last", strict=False
-            )
+            dialect = self._dialect or known.dialect
+            config = NetworkConfig.parse(known.config, dialect, name="the config known last", strict=False)
         except Invalid as error:
             if self._repeated.worth_saying("known"):
                 self._log.warn(error.message, id="bad-state")
             return None
         if known.left is not None and known.left <= 0:
             return None
-        self._known, self._config_text = known, known.config
+        self._known, self._config_text, self._spoken = known, known.config, dialect
         return config
 
     def _resume(self, machine: Machine) -> Acquired:
@@ -583,7 +584,7 @@ class Agent:
             return
         held = self._keeper.held
         ends = None if held.ends is None else time.time() + held.ends - self._clock.now()
-        known = Known(self._options.prefix, self._config_text, held.entry, ends, self._peers)
+        known = Known(self._options.prefix, self._spoken, self._config_text, held.entry, ends, self._peers)
         self._saved, self._unsaved = self._clock.now(), False
         try:
             known_file.save(self._options.state_dir, known)
@@ -778,7 +779,7 @@ class Agent:
                 Problem("no-config", None, f"{no_config(self._options.prefix).message} any more; {stay}"),
             )
         try:
-            now = NetworkConfig.parse(entry.value, self._dialect, name=entry.key, strict=False)
+            now = NetworkConfig.parse(entry.value, config.dialect, name=entry.key, strict=False)
         except Invalid as error:
             words = f"{error.message} (revision {entry.revision}); {stay}"
             return (Problem("config-invalid", None, words),)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flanctl.errors import Invalid
 from flanctl.files import write_atomically
+from flanctl.model.dialect import Dialect
 from flanctl.model.peers import Peer
 from flanctl.registry.stores.store import Entry
 
@@ -36,6 +37,8 @@ class Known:
     """The network's config as it stood in the registry, our lease's entry, and whom we routed to."""
 
     prefix: str
+    dialect: Dialect
+    """What the network speaks; a registry that is silent does not tell whether it is etcd v2 or v3."""
     config: bytes
     entry: Entry
     ends: float | None
@@ -54,6 +57,7 @@ def save(folder: Path, known: Known) -> None:
     document = {
         "format": FORMAT,
         "prefix": known.prefix,
+        "dialect": known.dialect.value,
         "config": b64encode(known.config).decode(),
         "lease": [entry.key, b64encode(entry.value).decode(), entry.revision, entry.lease],
         "ends": known.ends,
@@ -110,4 +114,4 @@ def _parse(document: dict[str, Any]) -> Known:
     ):
         raise TypeError
     entry = Entry(key, b64decode(value), revision, lease)
-    return Known(prefix, b64decode(config), entry, ends, tuple(peers))
+    return Known(prefix, Dialect(document["dialect"]), b64decode(config), entry, ends, tuple(peers))

@@ -101,6 +101,10 @@ class MeteredStore:
     def name(self) -> str:
         return self._store.name
 
+    @property
+    def api(self) -> str:
+        return self._store.api
+
     def describe(self) -> str:
         return self._store.describe()
 

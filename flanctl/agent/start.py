@@ -40,11 +40,15 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
         peer_check=settings.choice("peer_check", "strict", "subnet", "off"),
     )
     settings.choice("data_path", "tun")
-    with session(settings, prefer="grpc", create=not check) as registry:
+
+    def say(sentence: str, warning: bool) -> None:
+        (log.warn if warning else log.info)(sentence)
+
+    with session(settings, prefer="grpc", create=not check, say=say) as registry:
         daemon = Agent(
             options,
             store=registry.store,
-            dialect=registry.dialect,
+            dialect=registry.wanted_dialect,
             look=partial(look, choice=choice),
             log=log,
             notify=Notify(),

@@ -46,7 +46,7 @@ def capacity(min_free: str | None) -> None:
     least = None if min_free is None else _least(min_free)
     chosen = settings()
     with session(chosen) as registry:
-        config = read_config(registry.store, registry.prefix, registry.dialect).config
+        config = read_config(registry.store, registry.prefix, registry.wanted_dialect).config
         leases = registry.leases()
         with output.Progress("asking how long leases last") as progress:
             table = leases.table(with_ttl=True, progress=progress)

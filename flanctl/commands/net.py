@@ -60,6 +60,7 @@ def init(
       echo '{"Network":"172.17.0.0/16"}' | flanctl net init -
     """
     from flanctl.commands.session import dialect_of, session
+    from flanctl.registry.config import config_key
 
     options = (network, subnet_len, subnet_min, subnet_max, backend)
     if source is not None and any(option is not None for option in options):
@@ -88,15 +89,25 @@ def init(
     for sentence in (*config.warnings, *_overlaps(config)):
         output.warning(sentence)
     with session(chosen, create=not dry_run) as registry:
-        _write(registry, config, text.strip(), dry_run=dry_run, force=force)
+        current = registry.store.get(config_key(registry.prefix))
+        if registry.dialect is not config.dialect:  # the registry is etcd v2, as its first answer told
+            config = NetworkConfig.parse(text, registry.dialect, name=name)
+        _write(registry, config, text.strip(), current, dry_run=dry_run, force=force)
 
 
-def _write(registry: Session, config: NetworkConfig, text: bytes, *, dry_run: bool, force: bool) -> None:
+def _write(
+    registry: Session,
+    config: NetworkConfig,
+    text: bytes,
+    current: Entry | None,
+    *,
+    dry_run: bool,
+    force: bool,
+) -> None:
     from flanctl.registry.config import config_key, write_config
     from flanctl.registry.stores.store import Changed, KeyExists
 
     key = config_key(registry.prefix)
-    current = registry.store.get(key)
     if current is not None and _same(current.value, text):
         _show(key, current.value, config, revision=current.revision, wrote=False)
         output.note(f"{key} holds this already, nothing written")

@@ -90,7 +90,7 @@ def output_options(command: F) -> F:
         default=None,
         expose_value=False,
         callback=_keep,
-        help="On an error show where in the program it came from.",
+        help="Say which of several ways was taken and why, and where in the program an error came from.",
     )(command)
     return click.option(
         "-w",
@@ -114,6 +114,11 @@ def write_out(context: click.Context | None = None) -> str:
     if wanted not in FORMATS:
         raise click.UsageError(f'FLANCTL_WRITE_OUT "{wanted}" is not one of {", ".join(FORMATS)}')
     return wanted
+
+
+def debugging() -> bool:
+    """Whether --debug was given."""
+    return "debug" in flags_of(click.get_current_context())
 
 
 def settings() -> Settings:

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
+from flanctl import streams
 from flanctl.errors import FlanctlError
 from flanctl.text import printable
 
@@ -21,7 +22,7 @@ SCHEMA = 1
 
 def data(text: str) -> None:
     """Write one piece of the answer to stdout; a line end is added."""
-    sys.stdout.write(text + "\n")
+    streams.out().write(text + "\n")
 
 
 def line(text: str) -> None:

@@ -107,7 +107,7 @@ def reserve(subnet: str, public_ip: str, dry_run: bool, yes: bool) -> None:
     wanted, host = exact_subnet(subnet), _host(public_ip)
     _refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
     with session() as registry:
-        config = read_config(registry.store, registry.prefix, registry.dialect).config
+        config = read_config(registry.store, registry.prefix, registry.wanted_dialect).config
         _refuse_if_it_does_not_fit(config, wanted)
         leases = registry.leases()
         table = leases.table()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from flanctl.commands.options import settings
+from flanctl.commands import output
+from flanctl.commands.options import debugging, settings
 from flanctl.registry import session as registry
 from flanctl.registry.session import Session, connection, dialect_of
 
@@ -24,4 +25,11 @@ def session(
     chosen: Settings | None = None, *, prefer: Literal["gateway", "grpc"] = "gateway", create: bool = False
 ) -> AbstractContextManager[Session]:
     """Open the registry of `chosen`, else of the running command; making it (a file) only with `create`."""
-    return registry.session(chosen or settings(), prefer=prefer, create=create)
+    return registry.session(chosen or settings(), prefer=prefer, create=create, say=_say)
+
+
+def _say(sentence: str, warning: bool) -> None:
+    if warning:
+        output.warning(sentence)
+    elif debugging():
+        output.note(sentence)

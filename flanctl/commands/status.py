@@ -325,7 +325,7 @@ def _compare_with_registry(view: View, chosen: Settings) -> None:
     ours |= {text for text in (chosen.optional("public_ip"),) if text}
     had = None if view.facts.subnet_file is None else view.facts.subnet_file.subnet
     with session(chosen) as registry:
-        config = read_config(registry.store, registry.prefix, registry.dialect).config
+        config = read_config(registry.store, registry.prefix, registry.wanted_dialect).config
         view.document["network"] = str(config.network)
         view.document["backend"] = config.backend_type
         leases = registry.leases()

@@ -136,7 +136,7 @@ def _look(registry: Session, wanted: IPv4Network | IPv4Address | None = None) ->
     from flanctl.registry.announcements import announcements
     from flanctl.registry.config import read_config
 
-    config = read_config(registry.store, registry.prefix, registry.dialect).config
+    config = read_config(registry.store, registry.prefix, registry.wanted_dialect).config
     leases = registry.leases()
     with output.Progress("asking how long leases last") as progress:
         table = leases.table(with_ttl=wanted is None, progress=progress)

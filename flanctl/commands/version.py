@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flanctl import __version__
+from flanctl import __version__, version_line
 from flanctl.commands import output
 from flanctl.commands.options import output_options, write_out
 
@@ -30,7 +30,7 @@ def version() -> None:
     elif form == "simple":
         output.simple([(__version__,)])
     else:
-        output.data(f"flanctl {__version__}")
+        output.data(version_line())
 
 
 def about() -> dict[str, Any]:

@@ -54,7 +54,7 @@ def watch(from_revision: int | None, everything: bool, duration: str | None, fai
     form = write_out()
     with session() as registry, output.Progress("asking how long leases last") as progress:
         printer = _Printer(
-            form, read_config(registry.store, registry.prefix, registry.dialect).config.backend_type
+            form, read_config(registry.store, registry.prefix, registry.wanted_dialect).config.backend_type
         )
 
         def report(one: Report) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flanctl.errors import Invalid, NotFound, UsageError
+from flanctl.model.dialect import Dialect
 from flanctl.model.json_text import MAX_BYTES
 from flanctl.model.network_config import NetworkConfig
 
 if TYPE_CHECKING:
-    from flanctl.model.dialect import Dialect
     from flanctl.registry.stores.store import Entry, Store
 
 
@@ -56,13 +56,21 @@ def no_config(prefix: str) -> NotFound:
     )
 
 
-def read_config(store: Store, prefix: str, dialect: Dialect) -> StoredConfig:
-    """Raises NotFound (id `no-config`), Invalid with the position in the text, and what the store raises."""
+def dialect_of(store: Store, wanted: Dialect | None) -> Dialect:
+    """What the network speaks: `wanted`, else what goes with the store. Ask it after the store's first answer."""
+    if wanted is not None:
+        return wanted
+    return Dialect.V0_7 if store.api == "v2" else Dialect.V0_28
+
+
+def read_config(store: Store, prefix: str, dialect: Dialect | None) -> StoredConfig:
+    """In `dialect`, or the store's. Raises NotFound (id `no-config`), Invalid with the position in the text, and what the store raises."""
     key = config_key(prefix)
     entry = store.get(key)
     if entry is None:
         raise no_config(prefix)
-    return StoredConfig(NetworkConfig.parse(entry.value, dialect, name=key, strict=False), entry)
+    config = NetworkConfig.parse(entry.value, dialect_of(store, dialect), name=key, strict=False)
+    return StoredConfig(config, entry)
 
 
 def write_config(store: Store, prefix: str, text: bytes, *, expected: Entry | None) -> Entry:

@@ -23,7 +23,7 @@ from flanctl.errors import Conflict, FlanctlError, Invalid, LeaseLost
 from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.subnet_key import SubnetKey
 from flanctl.model.subnet_pool import SubnetPool
-from flanctl.registry.config import subnets_prefix
+from flanctl.registry.config import dialect_of, subnets_prefix
 from flanctl.registry.stores.store import Changed, KeyExists
 
 if TYPE_CHECKING:
@@ -131,12 +131,18 @@ KeeperReport = LeaseRenewed | LeaseRestored | RegistryTrouble | RegistryBack
 class Leases:
     """The leases of one network."""
 
-    def __init__(self, store: Store, prefix: str, dialect: Dialect, clock: Clock | None = None) -> None:
+    def __init__(
+        self, store: Store, prefix: str, dialect: Dialect | None, clock: Clock | None = None
+    ) -> None:
         self.store = store
         self.clock = clock or BootClock()
         self.prefix = prefix
         self.folder = subnets_prefix(prefix)
-        self._dialect = dialect
+        self._wanted = dialect
+
+    @property
+    def _dialect(self) -> Dialect:
+        return dialect_of(self.store, self._wanted)
 
     def key(self, subnet: IPv4Network) -> str:
         return self.folder + SubnetKey(subnet).format()

@@ -6,6 +6,7 @@ with session(settings) as registry:
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from flanctl.errors import NotFound, NotPermitted, RegistryUnreachable, UsageError
 from flanctl.model.dialect import Dialect
-from flanctl.registry.config import clean_prefix
-from flanctl.registry.stores.open import Connection, open_store
+from flanctl.registry import config
+from flanctl.registry.config import clean_prefix, config_key
+from flanctl.registry.stores.open import Api, Connection, holds, open_store, unheard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from flanctl.registry.leases import Leases
     from flanctl.registry.stores.store import Store
@@ -31,12 +33,18 @@ class Session:
     settings: Settings
     store: Store
     prefix: str
-    dialect: Dialect
+    wanted_dialect: Dialect | None
+    """What --dialect says; None where it follows from the store."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """Ask it after the store's first answer."""
+        return config.dialect_of(self.store, self.wanted_dialect)
 
     def leases(self) -> Leases:
         from flanctl.registry.leases import Leases
 
-        return Leases(self.store, self.prefix, self.dialect)
+        return Leases(self.store, self.prefix, self.wanted_dialect)
 
 
 @contextmanager
@@ -45,29 +53,60 @@ def session(
     *,
     prefer: Literal["gateway", "grpc"] = "gateway",
     create: bool = False,
+    say: Callable[[str, bool], None] = unheard,
 ) -> Iterator[Session]:
-    """Open the registry the settings name, making it (a file) only with `create`. Errors from it say where the endpoints were configured."""
-    dialect = dialect_of(settings)
+    """Open the registry the settings name, making it (a file) only with `create`.
+
+    `say(sentence, warning)` is told which of several ways was taken and why. Errors from the registry say where the
+    endpoints were configured.
+    """
+    dialect = wanted_dialect(settings)
     prefix = clean_prefix(settings.text("prefix"))
-    store = open_store(connection(settings), prefer=prefer, create=create)
+    how = connection(settings, say)
+    store = open_store(how, prefer=prefer, create=create, key=config_key(prefix), say=say)
     try:
         yield Session(settings, store, prefix, dialect)
     except RegistryUnreachable as error:
-        error.details = (*error.details, f"(endpoints from {settings.source('endpoints')})")
+        where = "discovery_srv" if settings.optional("discovery_srv") else "endpoints"
+        error.details = (*error.details, f"(endpoints from {settings.source(where)})")
         error.hint = error.hint or "start etcd there, or name the right endpoints with --endpoints"
+        raise
+    except NotFound as error:
+        if error.id == "no-config" and how.api != "auto" and store.api:
+            _look_elsewhere(error, how, config_key(prefix))
         raise
     finally:
         store.close()
 
 
-def dialect_of(settings: Settings) -> Dialect:
+def _look_elsewhere(error: NotFound, how: Connection, key: str) -> None:
+    """A config that is there, only by the API that was not asked, is said."""
+    other: Api = "v3" if how.api == "v2" else "v2"
+    error.message = f"no network config at {key} in etcd {how.api}"
+    if holds(how, other, key):
+        error.message += f"; found in {other}"
+        error.hint = f"--api {other}"
+
+
+def wanted_dialect(settings: Settings) -> Dialect | None:
     """Raises UsageError for one that no flannel speaks."""
+    if settings.optional("dialect") is None:
+        return None
     return Dialect.parse(settings.choice("dialect", *(str(dialect) for dialect in Dialect)))
 
 
-def connection(settings: Settings) -> Connection:
-    """What the stores need to know. Raises UsageError for settings that contradict each other."""
-    endpoints = settings.items("endpoints")
+def dialect_of(settings: Settings) -> Dialect:
+    """For what is looked at before the registry is asked."""
+    by_api = Dialect.V0_7 if settings.text("api") == "v2" else Dialect.V0_28
+    return wanted_dialect(settings) or by_api
+
+
+def connection(settings: Settings, say: Callable[[str, bool], None] = unheard) -> Connection:
+    """What the stores need to know. Raises UsageError for settings that contradict each other.
+
+    May ask DNS for the endpoints, and a terminal for the password.
+    """
+    endpoints = _endpoints(settings, say)
     if not endpoints:
         raise UsageError(f"no endpoint given ({settings.source('endpoints')} is empty)")
     cert, key = settings.optional("cert"), settings.optional("key")
@@ -76,6 +115,15 @@ def connection(settings: Settings) -> Connection:
         raise UsageError(f"{given} needs {missing}")
     # etcdctl's form: the password behind the name. It must never be taken for a part of the name and be shown.
     user, _, beside = (settings.optional("user") or "").partition(":")
+    if beside and settings.source("user").startswith("--"):
+        say(
+            "a password on the command line is seen by everyone on this host (ps);"
+            " --password-file or FLANCTL_PASSWORD hides it",
+            True,
+        )
+    password = _password(settings) or beside or None
+    if user and password is None and not endpoints[0].startswith("sqlite:"):
+        password = _asked(user)
     return Connection(
         endpoints=endpoints,
         timeout=settings.seconds("timeout"),
@@ -83,8 +131,42 @@ def connection(settings: Settings) -> Connection:
         cert=cert,
         key=key,
         user=user or None,
-        password=_password(settings) or beside or None,
+        password=password,
+        api=_api(settings),
     )
+
+
+def _endpoints(settings: Settings, say: Callable[[str, bool], None]) -> tuple[str, ...]:
+    """Those that were given, or those a domain's SRV records name where nobody gave any."""
+    domain = settings.optional("discovery_srv")
+    if domain is None:
+        return settings.items("endpoints")
+    if settings.source("endpoints") == "--endpoints":
+        if settings.source("discovery_srv") == "--discovery-srv":
+            raise UsageError("--endpoints and --discovery-srv exclude each other")
+        return settings.items("endpoints")
+    from flanctl.registry.stores.srv import discover
+
+    found = discover(domain, timeout=settings.seconds("timeout"))
+    say(f"{domain} names {', '.join(found)}", False)
+    return tuple(found)
+
+
+def _api(settings: Settings) -> Api:
+    chosen = settings.choice("api", "auto", "v2", "v3")
+    return "v2" if chosen == "v2" else "v3" if chosen == "v3" else "auto"
+
+
+def _asked(user: str) -> str | None:
+    """The password, typed on a terminal; None where there is none, for a user may have an empty one."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return None
+    from getpass import getpass
+
+    try:
+        return getpass(f'password of "{user}": ')
+    except EOFError:
+        return None
 
 
 def _password(settings: Settings) -> str | None:

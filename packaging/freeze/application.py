@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,8 +76,6 @@ class Freeze:
         lock = self.root / "requirements/runtime.txt"
 
         def build(folder: Path) -> None:
-            import sys
-
             pip = [
                 sys.executable,
                 "-m",
@@ -155,6 +154,9 @@ class Freeze:
                 package, stage / "flanctl", ignore=shutil.ignore_patterns(*DROPPED, "_native*.so", ".*")
             )
             (stage / "flanctl/_build.py").write_text(about)
+            compiled = self.root / "packaging/freeze/compiled.py"
+            run = [sys.executable, "-B", compiled, self.root, stage / "flanctl/_compiled.py"]
+            self.cache.run("resources", run)
             names = sorted(
                 {path.name.removesuffix(".py") for path in stage.iterdir() if path.suffix in {"", ".py"}}
             )
@@ -207,7 +209,13 @@ class Freeze:
         )
         layer = Layer(
             "resources",
-            (*sources, *text_of(bzl), recipe(build), about, str(import_time))
+            (
+                *sources,
+                *text_of(bzl, self.root / "packaging/freeze/compiled.py"),
+                recipe(build),
+                about,
+                str(import_time),
+            )
             + (self.distribution_key, self.tools.key, dependencies.name),
             build,
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 
@@ -32,6 +34,8 @@ class Backend:
     """Seconds: the shortest TTL a test can use. etcd grants at least one and a half election timeouts."""
     put_raw: Callable[[bytes], None]
     """Write a key that need not be UTF-8."""
+    paths: bool = False
+    """Keys are paths and values are text, as in etcd v2: what is neither is refused."""
 
 
 @contextlib.contextmanager
@@ -65,12 +69,13 @@ def _sqlite(folder: Path) -> Iterator[Backend]:
 def _etcd(store: str, version: Version) -> Callable[[Path], contextlib.AbstractContextManager[Backend]]:
     @contextlib.contextmanager
     def start(folder: Path) -> Iterator[Backend]:
-        with Cluster(version, folder=folder) as cluster:
+        with Cluster(version, folder=folder, v2=store == "v2") as cluster:
             yield Backend(
                 lambda: _client(store, cluster),
-                lambda: _compact(cluster),
+                lambda: _forget(cluster) if store == "v2" else _compact(cluster),
                 2.0,
-                lambda key: _put_raw(cluster, key),
+                lambda key: _put_path(cluster, key) if store == "v2" else _put_raw(cluster, key),
+                paths=store == "v2",
             )
 
     return start
@@ -84,6 +89,10 @@ def _client(store: str, cluster: Cluster) -> Store:
         from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore
 
         return EtcdGatewayStore(endpoints)
+    if store == "v2":
+        from flanctl.registry.stores.etcd_v2 import EtcdV2Store
+
+        return EtcdV2Store(endpoints)
     from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
 
     return EtcdGrpcStore(endpoints)
@@ -98,6 +107,28 @@ def _put_raw(cluster: Cluster, key: bytes) -> None:
     cluster.etcdctl("put", "--", key.decode("utf-8", "surrogateescape"), "")
 
 
+def _v2(cluster: Cluster) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(cluster.endpoints[0].removeprefix("http://"), timeout=10)
+
+
+def _put_path(cluster: Cluster, key: bytes) -> None:
+    with contextlib.closing(_v2(cluster)) as link:
+        link.request("PUT", "/v2/keys" + quote(key), b"value=", {"Content-Type": FORM})
+        answer = link.getresponse()
+        assert answer.read()
+        assert answer.status in {200, 201}
+
+
+def _forget(cluster: Cluster) -> None:
+    """etcd v2 keeps the last 1000 events."""
+    with contextlib.closing(_v2(cluster)) as link:
+        for _ in range(1001):
+            link.request("PUT", "/v2/keys/elsewhere", b"value=", {"Content-Type": FORM})
+            link.getresponse().read()
+
+
+FORM = "application/x-www-form-urlencoded"
+
 _VERSIONS: tuple[tuple[Version, str], ...] = (("3.4", "34"), ("3.7", "37"))
 BACKENDS = [
     pytest.param(_memory, id="memory"),
@@ -109,6 +140,7 @@ BACKENDS = [
         for store in ("gateway", "grpc")
         for version, short in _VERSIONS
     ),
+    pytest.param(_etcd("v2", "3.4"), id="v2-etcd34", marks=pytest.mark.needs("etcd34")),
 ]
 
 _numbers = itertools.count(1)
@@ -141,4 +173,4 @@ def short(backend: Backend) -> float:
 @pytest.fixture
 def prefix() -> str:
     """A place in the registry no other test uses."""
-    return f"/contract/{next(_numbers)}/"
+    return f"/contract/{next(_numbers):04}/"  # so that no neighbour of one is the folder of another

@@ -1,6 +1,6 @@
 """Real etcd servers: Debian's 3.4 and a 3.7 built from tests/etcd-server, one or three members.
 
-with Cluster("3.7", members=3, folder=tmp_path) as cluster:
+with Cluster("3.7", members=3, folder=tmp_path) as cluster:      # v2=True, tls=Tls(…) where a test wants them
     cluster.kill(cluster.leader())
     cluster.etcdctl("put", "/a", "1")
 
@@ -35,6 +35,19 @@ START_SECONDS = 40.0
 """Shared, slow machines; a healthy cluster of three is up in 2 s."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of a cluster that speaks TLS to its clients, one certificate and key for each member.
+
+    `client` is the certificate etcdctl shows; with `client_auth` every client must show one that `ca` signed.
+    """
+
+    ca: Path
+    members: tuple[tuple[Path, Path], ...]
+    client: tuple[Path, Path]
+    client_auth: bool = False
+
+
 @dataclass(slots=True)
 class _Member:
     name: str
@@ -46,10 +59,12 @@ class _Member:
     process: subprocess.Popen[bytes] | None = None
     frozen: bool = False
     arguments: list[str] = field(default_factory=list)
+    scheme: str = "http"
 
     @property
     def endpoint(self) -> str:
-        return f"http://{self.host}:{self.client}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.client}"
 
     @property
     def log(self) -> Path:
@@ -94,6 +109,7 @@ class Cluster:
         host: str | Sequence[str] = "127.0.0.1",
         prefix: Sequence[str] | Sequence[Sequence[str]] = (),
         v2: bool = False,
+        tls: Tls | None = None,
         extra: Sequence[str] = (),
     ) -> None:
         assert not (v2 and version != "3.4"), "etcd 3.7 has no v2"
@@ -102,6 +118,7 @@ class Cluster:
         self.user = ""
         """`NAME:PASSWORD` for etcdctl, once a test has turned logins on."""
         self._v2 = v2
+        self._tls = tls
         self._extra = tuple(extra)
         hosts = [host] * members if isinstance(host, str) else list(host)
         prefixes = _each(prefix, members)
@@ -112,13 +129,16 @@ class Cluster:
             _Member(f"etcd{i}", hosts[i], ports[2 * i], ports[2 * i + 1], prefixes[i], folder)
             for i in range(members)
         ]
+        if tls is not None:
+            for member in self._members:
+                member.scheme = "https"
 
     @property
     def endpoints(self) -> tuple[str, ...]:
         return tuple(member.endpoint for member in self._members)
 
     def __enter__(self) -> Self:
-        peers = ",".join(f"{m.name}=http://{m.host}:{m.peer}" for m in self._members)
+        peers = ",".join(f"{m.name}={_peer(m)}" for m in self._members)
         try:
             for member in self._members:
                 shutil.rmtree(self.folder / member.name, ignore_errors=True)
@@ -210,6 +230,9 @@ class Cluster:
         command = [*member.prefix, "etcdctl", f"--endpoints={where}", "--command-timeout=5s"]
         if self.user:
             command.append(f"--user={self.user}")
+        if self._tls is not None:
+            cert, key = self._tls.client
+            command += [f"--cacert={self._tls.ca}", f"--cert={cert}", f"--key={key}"]
         command += arguments
         return subprocess.run(
             command,
@@ -221,7 +244,7 @@ class Cluster:
         ).stdout
 
     def _command(self, member: _Member, peers: str) -> list[str]:
-        client, peer = member.endpoint, f"http://{member.host}:{member.peer}"
+        client, peer = member.endpoint, _peer(member)
         return [
             _binary(self.version),
             f"--name={member.name}",
@@ -236,8 +259,23 @@ class Cluster:
             "--log-outputs=stderr",
             "--unsafe-no-fsync",
             *(["--enable-v2"] if self._v2 else []),
+            *self._secure(member),
             *self._extra,
         ]
+
+    def _secure(self, member: _Member) -> list[str]:
+        if self._tls is None:
+            return []
+        cert, key = self._tls.members[self._members.index(member)]
+        words = [f"--cert-file={cert}", f"--key-file={key}"]
+        if self._tls.client_auth:
+            words += [f"--trusted-ca-file={self._tls.ca}", "--client-cert-auth"]
+        return words
+
+
+def _peer(member: _Member) -> str:
+    host = f"[{member.host}]" if ":" in member.host else member.host
+    return f"http://{host}:{member.peer}"
 
 
 def _each(prefix: Sequence[str] | Sequence[Sequence[str]], members: int) -> list[tuple[str, ...]]:

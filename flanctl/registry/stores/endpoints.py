@@ -29,6 +29,11 @@ class Endpoint:
         """What stands in a Host header."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def named(self) -> bool:
+        """Whether the host is a name, which may have several addresses."""
+        return not (":" in self.host or self.host.replace(".", "").isdigit())
+
     def __str__(self) -> str:
         return f"{self.scheme}://{self.address}"
 

@@ -9,14 +9,10 @@ etcd is down and is silent when a token has ended. Importing this module costs 0
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 import warnings
-from collections import deque
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core writes to stderr on its own otherwise
@@ -28,33 +24,39 @@ with warnings.catch_warnings():
     from etcd3 import etcdrpc as pb
     from etcd3.etcdrpc import kv_pb2
 
-from flanctl.errors import FlanctlError, Invalid, NotPermitted, RegistryUnreachable
+from flanctl.errors import FlanctlError, RegistryUnreachable
 from flanctl.registry.stores import http
-from flanctl.registry.stores.store import (
-    Changed,
-    Compacted,
-    Delete,
-    Entry,
-    Event,
-    Forgotten,
-    KeyExists,
-    Progress,
-    Put,
-    Snapshot,
-    Unreadable,
+from flanctl.registry.stores.etcd_v3 import (
+    ABORTED,
+    CANCELLED,
+    DATA_LOSS,
+    DEADLINE,
+    INTERNAL,
+    UNAVAILABLE,
+    UNIMPLEMENTED,
+    UNKNOWN,
+    Deed,
+    EtcdV3Store,
+    Page,
+    Refused,
+    Txn,
+    V3Watch,
+    cancelled,
+    prefix_range,
+    readable,
 )
+from flanctl.registry.stores.store import Entry, Unreadable
+from flanctl.registry.stores.watch import Change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from types import TracebackType
 
     from flanctl.registry.stores.endpoints import Endpoint
+    from flanctl.registry.stores.store import Event
+    from flanctl.registry.stores.tls import TlsFiles
 
 Q = TypeVar("Q")
 A = TypeVar("A")
-
-PAGE = 1000
-"""Keys asked for at once."""
 
 PROGRESS_FIRST, PROGRESS_SECONDS = 1.0, 20.0
 """When a watch first asks etcd for a sign of life, and how often from then on."""
@@ -62,13 +64,8 @@ PROGRESS_FIRST, PROGRESS_SECONDS = 1.0, 20.0
 ROUND_PAUSE = 0.1
 """Seconds between two rounds over all endpoints."""
 
-REVOKE_SECONDS = 1.0
-
 LOOK_SECONDS = 1.0
 """How long to find out why no endpoint can be talked to, for the error's sake."""
-
-_BACK_OFF = (0.1, 2.0)
-"""Seconds between two tries to open a watch, first and longest."""
 
 _CHANNEL_OPTIONS = (
     # A hung member or a dead host is noticed within 9 s. etcd allows a ping each 5 s.
@@ -83,7 +80,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.dns_ares_query_timeout", 2000),
     ("grpc.use_local_subchannel_pool", 1),
     # The default of 4 MB breaks a watch's replay after a long absence, again and again.
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", http.MAX_BODY),
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.enable_retries", 0),
@@ -92,11 +89,11 @@ _CHANNEL_OPTIONS = (
 _PROGRESS_REQUEST = pb.WatchRequest.FromString(b"\x1a\x00")
 """WatchRequest{progress_request{}}: field 3, which came with etcd 3.4 and etcd3's stubs do not know by name."""
 
-_Code = grpc.StatusCode
-_TRANSIENT = {_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.ABORTED, _Code.CANCELLED}
-_STRANGE = {_Code.UNKNOWN, _Code.INTERNAL, _Code.UNIMPLEMENTED, _Code.DATA_LOSS}
+_TRANSIENT = {UNAVAILABLE, DEADLINE, ABORTED, CANCELLED}
+_STRANGE = {UNKNOWN, INTERNAL, UNIMPLEMENTED, DATA_LOSS}
 
 _SILENCE, _CLOSED, _NO_TLS = "no answer", "closed the connection", "the TLS handshake failed"
+_UNTRUSTED = "its certificate is not trusted"
 _REASONS = (
     ("Connection refused", "connection refused"),
     ("timed out", _SILENCE),
@@ -108,9 +105,9 @@ _REASONS = (
     ("http1.x server", "answers, but is not etcd (no gRPC)"),
     ("missing selected ALPN", "answers, but is not etcd (no gRPC)"),
     ("WRONG_VERSION_NUMBER", "speaks no TLS; try http://"),
-    ("Hostname Verification Check failed", "its certificate is for another name"),
-    ("certificate has expired", "its certificate has expired"),
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by a CA we trust"),
+    ("Hostname Verification Check failed", _UNTRUSTED),
+    ("certificate has expired", _UNTRUSTED),
+    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
     ("handshake failed", _NO_TLS),
     ("TSI_DATA_CORRUPTED", _NO_TLS),
     ("Connection reset by peer", _CLOSED),
@@ -119,35 +116,19 @@ _REASONS = (
 """What gRPC says, and what a person reads; the first that fits."""
 
 
-class _Refused(Exception):
-    """etcd's own answer to a request: no. `unsure`: an earlier try of it may have been carried out."""
-
-    def __init__(self, code: grpc.StatusCode, words: str, *, unsure: bool = False) -> None:
-        super().__init__(words)
-        self.code = code
-        self.words = words
-        self.unsure = unsure
-
-
-class _Failed(Exception):
-    """An endpoint did not serve us. `again`: it may soon; `unsure`: it may have carried out what we asked."""
-
-    def __init__(self, reason: str, *, again: bool, unsure: bool) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.again = again
-        self.unsure = unsure
-
-
 class _Member:
     """One endpoint with its channel. The channel connects at the first call."""
 
-    def __init__(self, endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> None:
+    def __init__(self, endpoint: Endpoint, files: TlsFiles) -> None:
         self.endpoint = endpoint
-        if credentials is None:
-            self.channel = grpc.insecure_channel(endpoint.address, options=_CHANNEL_OPTIONS)
-        else:
+        self.generation = 0
+        """The TLS files' that the channel was made with."""
+        if endpoint.scheme == "https":
+            self.generation = files.look()
+            credentials = grpc.ssl_channel_credentials(*files.pem())
             self.channel = grpc.secure_channel(endpoint.address, credentials, options=_CHANNEL_OPTIONS)
+        else:
+            self.channel = grpc.insecure_channel(endpoint.address, options=_CHANNEL_OPTIONS)
         self.kv = pb.KVStub(self.channel)
         self.lease = pb.LeaseStub(self.channel)
         self.auth = pb.AuthStub(self.channel)
@@ -169,11 +150,10 @@ class _Member:
             call.cancel()
 
 
-class EtcdGrpcStore:
-    """A Store (see store.py) over etcd ≥ 3.3. `timeout` in seconds bounds every call, all endpoints included.
+class EtcdGrpcStore(EtcdV3Store):
+    """EtcdV3Store by gRPC. `cacert`, `cert` and `key` are PEM files for https endpoints.
 
-    `cacert`, `cert` and `key` are PEM files for https endpoints. Raises NotFound, NotPermitted or Invalid if one
-    cannot be read.
+    Raises NotFound, NotPermitted or Invalid if one cannot be read.
     """
 
     name = "etcd v3 over gRPC"
@@ -189,199 +169,135 @@ class EtcdGrpcStore:
         user: str | None = None,
         password: str | None = None,
     ) -> None:
-        self.timeout = timeout
-        self.endpoints = tuple(endpoints)
-        secure = any(endpoint.scheme == "https" for endpoint in endpoints)
-        self._credentials = _credentials(cacert, cert, key) if secure else None
+        super().__init__(endpoints, timeout=timeout, user=user, password=password)
         self._plain = http.Transport(endpoints, timeout=timeout, cacert=cacert, cert=cert, key=key)
         """Asked nothing but what ails an endpoint that gRPC cannot talk to."""
+        if any(endpoint.scheme == "https" for endpoint in endpoints):
+            self._plain.tls.look()  # OpenSSL says what is wrong with the files; gRPC only fails to connect
         self._members: dict[Endpoint, _Member] = {}
         self._turn = 0
         self._good: Endpoint | None = None
-        self._user = user
-        self._password = password or ""
-        self._login = threading.Lock()
-        self.token: str | None = None
-        self._lock = threading.Lock()
-        self._watches: set[GrpcWatch] = set()
-        self._closed = False
 
     def describe(self) -> str:
         return self.name if self._good is None else f"{self.name} at {self._good}"
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            watches = tuple(self._watches)
-        for watch in watches:
-            watch.close()
-        with self._lock:
+        super().close()
+        with self.lock:
             members = tuple(self._members.values())
             self._members.clear()
         for member in members:
             member.channel.close()
         self._plain.close()
 
-    # reading
+    # one request each
 
-    def get(self, key: str) -> Entry | None:
-        deadline = self._deadline()
-        entry = self._get(key, deadline)
-        if entry is None or entry.lease is None:
-            return entry
-        return replace(entry, ttl=self._time_to_live(entry.lease, deadline)[0])
+    def _range(
+        self, deed: Deed, start: bytes, end: bytes | None, *, limit: int = 0, revision: int = 0
+    ) -> Page:
+        request = pb.RangeRequest(key=start, range_end=end or b"", limit=limit, revision=revision)
+        answer, _ = self._call(lambda member: member.kv.Range, request, deed)
+        last = answer.kvs[-1].key if answer.kvs and answer.more else b""
+        return Page(tuple(_entry(kv) for kv in answer.kvs), last, answer.header.revision)
 
-    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
-        deadline = self._deadline()
-        first, end = _range(prefix.encode())
-        start, revision = first, at or 0
-        entries: list[Entry] = []
-        unreadable: list[Unreadable] = []
-        while True:
-            request = pb.RangeRequest(key=start, range_end=end, limit=PAGE, revision=revision)
-            try:
-                answer, _ = self._call(lambda member: member.kv.Range, request, deadline, f"list {prefix}")
-            except _Refused as refused:
-                if refused.code is not _Code.OUT_OF_RANGE or not revision:
-                    raise self.explain(refused, f"list {prefix}") from None
-                if at is not None:
-                    raise Forgotten(at) from None
-                # Compacted between two pages: what we have is of a revision nobody knows any more.
-                start, revision = first, 0
-                entries.clear()
-                unreadable.clear()
-                continue
-            revision = revision or answer.header.revision
-            for kv in answer.kvs:
-                item = _entry(kv)
-                if isinstance(item, Entry):
-                    entries.append(item)
-                else:
-                    unreadable.append(item)
-            if not answer.more or not answer.kvs:
-                return Snapshot(tuple(entries), revision, tuple(unreadable))
-            start = answer.kvs[-1].key + b"\0"
+    def _put(self, deed: Deed, key: bytes, value: bytes, lease: int, expected: int) -> Txn:
+        put = pb.PutRequest(key=key, value=value, lease=lease)
+        return self._transaction(deed, key, expected, pb.RequestOp(request_put=put))
 
-    def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
-        deadline = self._deadline()
-        leases = dict.fromkeys(entry.lease for entry in entries if entry.lease is not None)
-        left = {lease: self._time_to_live(lease, deadline)[0] for lease in leases}
-        return tuple(
-            entry if entry.lease is None else replace(entry, ttl=left[entry.lease]) for entry in entries
-        )
+    def _delete_at(self, deed: Deed, key: bytes, expected: int) -> Txn:
+        gone = pb.DeleteRangeRequest(key=key)
+        return self._transaction(deed, key, expected, pb.RequestOp(request_delete_range=gone))
 
-    # writing
+    def _delete(self, deed: Deed, key: bytes) -> bool:
+        request = pb.DeleteRangeRequest(key=key)
+        answer, unsure = self._call(lambda member: member.kv.DeleteRange, request, deed)
+        return answer.deleted > 0 or unsure
 
-    def create(self, key: str, value: bytes, *, ttl: float | None) -> Entry:
-        absent = pb.Compare(
-            result=pb.Compare.EQUAL, target=pb.Compare.CREATE, key=key.encode(), create_revision=0
-        )
-        entry, current = self._put_if(absent, key, value, ttl, f"create {key}")
-        if entry is None:
-            raise KeyExists(key, current)
-        return entry
-
-    def replace(self, key: str, value: bytes, *, ttl: float | None, expected: int) -> Entry:
-        entry, current = self._put_if(_unchanged(key, expected), key, value, ttl, f"write {key}")
-        if entry is None:
-            raise Changed(key, current)
-        return entry
-
-    def delete(self, key: str, *, expected: int | None = None) -> bool:
-        deadline = self._deadline()
-        what = f"delete {key}"
-        name = key.encode()
-        if expected is None:
-            gone, unsure = self._ask(
-                lambda member: member.kv.DeleteRange, pb.DeleteRangeRequest(key=name), deadline, what
-            )
-            return gone.deleted > 0 or unsure
+    def _transaction(self, deed: Deed, key: bytes, expected: int, act: pb.RequestOp) -> Txn:
+        if expected:
+            guard = pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.MOD, key=key, mod_revision=expected)
+        else:
+            guard = pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.CREATE, key=key, create_revision=0)
         request = pb.TxnRequest(
-            compare=[_unchanged(key, expected)],
-            success=[pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=name))],
-            failure=[pb.RequestOp(request_range=pb.RangeRequest(key=name))],
+            compare=[guard],
+            success=[act],
+            failure=[pb.RequestOp(request_range=pb.RangeRequest(key=key))],
         )
-        answer, unsure = self._ask(lambda member: member.kv.Txn, request, deadline, what)
-        if answer.succeeded:
-            return True
-        current = _current(answer)
-        if current is None:
-            return unsure  # gone by an earlier try of ours whose answer was lost, or never there
-        raise Changed(key, current)
+        answer, unsure = self._call(lambda member: member.kv.Txn, request, deed)
+        return Txn(answer.succeeded, answer.header.revision, _current(answer), unsure)
 
-    def refresh(self, entry: Entry, *, ttl: float) -> Entry:
-        deadline = self._deadline()
-        if entry.lease is not None:
-            left, granted = self._time_to_live(entry.lease, deadline)
-            if left > 0 and granted == _seconds(ttl):
-                request = pb.LeaseKeepAliveRequest(ID=_lease_id(entry.lease))
-                what = f"renew {entry.key}"
-                alive, _ = self._ask(lambda member: member.keep_alive, request, deadline, what)
-                if alive.TTL > 0:
-                    current = self._get(entry.key, deadline)
-                    if current is None or current.revision != entry.revision:
-                        raise Changed(entry.key, current)
-                    return replace(current, ttl=float(alive.TTL))
-        return self.replace(entry.key, entry.value, ttl=ttl, expected=entry.revision)
+    def _lease_grant(self, deed: Deed, lease: int, ttl: int) -> None:
+        self._call(lambda member: member.lease.LeaseGrant, pb.LeaseGrantRequest(TTL=ttl, ID=lease), deed)
 
-    def watch(self, prefix: str, *, after: int) -> GrpcWatch:
-        watch = GrpcWatch(self, prefix, after)
-        with self._lock:
-            self._watches.add(watch)
-            closed = self._closed
-        if closed:
-            watch.close()
-        return watch
+    def _lease_revoke(self, deed: Deed, lease: int) -> None:
+        self._call(lambda member: member.lease.LeaseRevoke, pb.LeaseRevokeRequest(ID=lease), deed)
+
+    def _lease_left(self, deed: Deed, lease: int) -> tuple[int, int]:
+        request = pb.LeaseTimeToLiveRequest(ID=lease)
+        answer, _ = self._call(lambda member: member.lease.LeaseTimeToLive, request, deed)
+        return answer.TTL, answer.grantedTTL
+
+    def _lease_keep(self, deed: Deed, lease: int) -> int:
+        request = pb.LeaseKeepAliveRequest(ID=lease)
+        return self._call(lambda member: member.keep_alive, request, deed)[0].TTL
+
+    def _authenticate(self, deed: Deed, user: str, password: str, cancel: int) -> str:  # noqa: ARG002  no descriptor
+        request = pb.AuthenticateRequest(name=user, password=password)
+        return self._round(lambda member: member.auth.Authenticate, request, None, deed)[0].token
+
+    def _new_watch(self, prefix: str, after: int) -> GrpcWatch:
+        return GrpcWatch(self, prefix, after)
 
     # for GrpcWatch
-
-    def revision(self, key: str) -> int:
-        """The registry's revision now, read through consensus."""
-        request = pb.RangeRequest(key=key.encode(), limit=1)
-        answer, _ = self._ask(lambda member: member.kv.Range, request, self._deadline(), f"read {key}")
-        return answer.header.revision
 
     def first(self) -> int:
         """The index of the endpoint to ask next."""
         return self._turn
 
-    def forget(self, watch: GrpcWatch) -> None:
-        with self._lock:
-            self._watches.discard(watch)
-
     def member(self, endpoint: Endpoint) -> _Member:
-        with self._lock:
+        """With the certificate that is in use now: a channel keeps the one it was made with."""
+        generation = self._plain.tls.look() if endpoint.scheme == "https" else 0
+        with self.lock:
             if self._closed:
                 raise RegistryUnreachable("the connection to etcd has been closed")
             member = self._members.get(endpoint)
-            if member is None:
-                credentials = self._credentials if endpoint.scheme == "https" else None
-                member = self._members[endpoint] = _Member(endpoint, credentials)
-            return member
+            if member is not None and member.generation == generation:
+                return member
+            fresh = self._members[endpoint] = _Member(endpoint, self._plain.tls)
+        if member is not None:
+            member.channel.close()  # its watch goes on over the new one
+        return fresh
 
-    def session(self, deadline: float, stale: str | None = None) -> str | None:
-        """The token to send; None without a user, empty while etcd asks for none. `stale` is one that has ended."""
-        if self._user is None:
-            return None
-        with self._login:
-            if self.token is None or self.token == stale:
-                self.token = self._log_in(self._user, deadline)
-            return self.token
+    def _leave(self, endpoint: Endpoint) -> None:
+        """A name may have other addresses: a new channel goes on to one that speaks, the old stays where it hangs."""
+        with self.lock:
+            member = self._members.pop(endpoint, None)
+        if member is not None:
+            member.channel.close()
+
+    def renewed(self, member: _Member) -> bool:
+        """Whether the TLS files have changed since its channel was made."""
+        return member.generation > 0 and self._plain.tls.look() != member.generation
 
     def unreachable(
-        self, what: str, reasons: Mapping[Endpoint, str], *, seconds: float | None, unsure: bool = False
+        self,
+        what: str,
+        refusals: Mapping[Endpoint, http.Refusal],
+        seconds: float | None,
+        *,
+        unsure: bool = False,
     ) -> FlanctlError:
         """The error for people; `in 5s` only if we did wait."""
         deadline = time.monotonic() + LOOK_SECONDS
         waited = seconds is not None
-        refusals = {at: self._look(at, reason, deadline, waited=waited) for at, reason in reasons.items()}
-        error = self._plain.nobody(refusals, seconds or 0.0, unsure=unsure)
+        seen = {at: self._look(at, said, deadline, waited=waited) for at, said in refusals.items()}
+        error = self._plain.nobody(seen, seconds or 0.0, unsure=unsure)
         error.message = f"cannot {what}: {error.message}"
         return error
 
-    def _look(self, endpoint: Endpoint, reason: str, deadline: float, *, waited: bool) -> http.Refusal:
-        """gRPC keeps to itself that a port speaks TLS, or none, or wants another certificate; HTTP tells."""
-        if reason in {_CLOSED, _NO_TLS}:
+    def _look(self, endpoint: Endpoint, said: http.Refusal, deadline: float, *, waited: bool) -> http.Refusal:
+        """gRPC keeps to itself that a port speaks TLS, or none, or whose certificate it has; HTTP tells."""
+        if said.reason in {_CLOSED, _NO_TLS, _UNTRUSTED}:
             patience = max(0.0, deadline - time.monotonic())
             try:
                 self._plain.ask(endpoint, "GET", "/version", deadline=deadline, patience=patience)
@@ -390,153 +306,23 @@ class EtcdGrpcStore:
                     return http.Refusal(refusal.reason, again=waited, kind=refusal.kind)
             except FlanctlError:
                 pass  # a PEM file that was good when we began
-        return http.Refusal(reason, again=waited)
-
-    def explain(self, refused: _Refused, what: str) -> FlanctlError:
-        """etcd's refusal as ours; its words are kept."""
-        words = refused.words
-        if refused.code is _Code.PERMISSION_DENIED:
-            who = f'user "{self._user}"' if self._user else "we"
-            return NotPermitted(f"{who} may not {what} (etcd: {words})")
-        if _login_refused(refused):
-            if self._user is None:
-                return NotPermitted(
-                    f"cannot {what}: etcd wants a login (etcd: {words})", hint="--user NAME, and its password"
-                )
-            return NotPermitted(f'cannot {what}: login as "{self._user}" was refused (etcd: {words})')
-        if "database space exceeded" in words:
-            return RegistryUnreachable(
-                f"cannot {what}: etcd is full (etcd: {words})",
-                hint="etcdctl alarm list; compact, defrag and disarm",
-            )
-        return Invalid(f"cannot {what} (etcd: {words})")
+        return http.Refusal(said.reason, again=waited)
 
     # inside
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self.timeout
-
-    def _get(self, key: str, deadline: float) -> Entry | None:
-        request = pb.RangeRequest(key=key.encode())
-        answer, _ = self._ask(lambda member: member.kv.Range, request, deadline, f"read {key}")
-        entry = _entry(answer.kvs[0]) if answer.kvs else None
-        return entry if isinstance(entry, Entry) else None
-
-    def _time_to_live(self, lease: str, deadline: float) -> tuple[float, int]:
-        """Seconds left (0 when the lease has ended) and seconds granted."""
-        request = pb.LeaseTimeToLiveRequest(ID=_lease_id(lease))
-        answer, _ = self._ask(
-            lambda member: member.lease.LeaseTimeToLive, request, deadline, f"read lease {lease}"
-        )
-        return float(max(0, answer.TTL)), answer.grantedTTL
-
-    def _grant(self, ttl: float, deadline: float, what: str) -> int:
-        """A new lease. The id is ours, so that asking again after a lost answer makes no second one."""
-        lease = (int.from_bytes(os.urandom(8), "big") >> 1) or 1
-        request = pb.LeaseGrantRequest(TTL=_seconds(ttl), ID=lease)
-        try:
-            self._call(lambda member: member.lease.LeaseGrant, request, deadline, what)
-        except _Refused as refused:
-            if not (refused.unsure and "lease already exists" in refused.words):
-                raise self.explain(refused, what) from None
-        return lease
-
-    def _revoke(self, lease: int) -> None:
-        """A lease nobody uses ends by itself too, so failing to revoke it is no error."""
-        if lease:
-            request = pb.LeaseRevokeRequest(ID=lease)
-            deadline = time.monotonic() + REVOKE_SECONDS
-            try:
-                self._ask(lambda member: member.lease.LeaseRevoke, request, deadline, "revoke a lease")
-            except FlanctlError:
-                pass
-
-    def _put_if(
-        self, guard: pb.Compare, key: str, value: bytes, ttl: float | None, what: str
-    ) -> tuple[Entry | None, Entry | None]:
-        """Put under a fresh lease if `guard` holds: (what was written, what is there instead).
-
-        When an answer was lost the transaction is sent again; then the guard fails on our own value, which the
-        lease's id tells from anybody else's.
-        """
-        deadline = self._deadline()
-        lease = 0 if ttl is None else self._grant(ttl, deadline, what)
-        name = key.encode()
-        request = pb.TxnRequest(
-            compare=[guard],
-            success=[pb.RequestOp(request_put=pb.PutRequest(key=name, value=value, lease=lease))],
-            failure=[pb.RequestOp(request_range=pb.RangeRequest(key=name))],
-        )
-        try:
-            answer, unsure = self._ask(lambda member: member.kv.Txn, request, deadline, what)
-        except FlanctlError as error:
-            if not (
-                isinstance(error, http.Unreachable) and error.unsure
-            ):  # else the key may hang on the lease
-                self._revoke(lease)
-            raise
-        if answer.succeeded:
-            return Entry(key, value, answer.header.revision, _lease_name(lease), ttl), None
-        current = _current(answer)
-        if unsure and current is not None and (current.value, current.lease) == (value, _lease_name(lease)):
-            return replace(current, ttl=ttl), None
-        self._revoke(lease)
-        return None, current
-
-    def _ask(
-        self, method: Callable[[_Member], pb.Unary[Q, A]], request: Q, deadline: float, what: str
-    ) -> tuple[A, bool]:
-        """As `_call`, with etcd's refusals as our errors."""
-        try:
-            return self._call(method, request, deadline, what)
-        except _Refused as refused:
-            raise self.explain(refused, what) from None
-
-    def _call(
-        self, method: Callable[[_Member], pb.Unary[Q, A]], request: Q, deadline: float, what: str
-    ) -> tuple[A, bool]:
-        """One request with its answer, and whether an earlier try of it may have been carried out.
-
-        Logs in when a user is set, and once more when the token has ended. Raises _Refused and RegistryUnreachable.
-        """
-        stale: str | None = None
-        while True:
-            token = self.session(deadline, stale)
-            try:
-                return self._round(method, request, token, deadline, what)
-            except _Refused as refused:
-                if token is None or stale is not None or not _token_ended(refused):
-                    raise
-            stale = token
-
-    def _log_in(self, user: str, deadline: float) -> str:
-        request = pb.AuthenticateRequest(name=user, password=self._password)
-        what = f'log in as "{user}"'
-        try:
-            answer, _ = self._round(lambda member: member.auth.Authenticate, request, None, deadline, what)
-        except _Refused as refused:
-            if (
-                refused.code is _Code.FAILED_PRECONDITION
-            ):  # "authentication is not enabled": as etcdctl, go on
-                return ""
-            raise self.explain(refused, what) from None
-        return answer.token
+    def _call(self, method: Callable[[_Member], pb.Unary[Q, A]], request: Q, deed: Deed) -> tuple[A, bool]:
+        """One request with its answer, and whether an earlier try of it may have been carried out."""
+        return self._logged_in(deed, lambda token: self._round(method, request, token, deed))
 
     def _round(
-        self,
-        method: Callable[[_Member], pb.Unary[Q, A]],
-        request: Q,
-        token: str | None,
-        deadline: float,
-        what: str,
+        self, method: Callable[[_Member], pb.Unary[Q, A]], request: Q, token: str | None, deed: Deed
     ) -> tuple[A, bool]:
         """Ask one endpoint after the other, from the one that answered last, each with its share of the time.
 
         Goes round again while an endpoint may come back; where all refuse the connection nothing is waited for.
         """
         started = time.monotonic()
-        metadata = _metadata(token)
-        reasons: dict[Endpoint, str] = {}
+        refusals: dict[Endpoint, http.Refusal] = {}
         unsure = False
         count = len(self.endpoints)
         while True:
@@ -544,58 +330,60 @@ class EtcdGrpcStore:
             for tried in range(count):
                 turn = self._turn
                 endpoint = self.endpoints[turn % count]
-                left = deadline - time.monotonic()
+                left = deed.deadline - time.monotonic()
                 if left <= 0:
                     break
-                share = left / (count - tried)
+                share = http.patience(left, count, tried, endpoint)
                 try:
-                    answer = method(self.member(endpoint))(request, timeout=share, metadata=metadata)
+                    answer = method(self.member(endpoint))(request, timeout=share, metadata=_metadata(token))
                 except grpc.RpcError as error:
-                    try:
-                        self.judge(error, share)
-                    except _Failed as failed:
-                        _note(reasons, endpoint, failed.reason)
-                        again = again or failed.again
-                        unsure = unsure or failed.unsure
-                    except _Refused as refused:
-                        refused.unsure = unsure
-                        raise
+                    refusal = self.judge(error, share)
+                    http.note(refusals, endpoint, refusal)
+                    if refusal.kind == "silent" and endpoint.named:
+                        self._leave(endpoint)
+                    again = again or refusal.again
+                    unsure = unsure or refusal.unsure
                 except ValueError as error:  # gRPC: "Cannot invoke RPC on closed channel!"
                     raise RegistryUnreachable("the connection to etcd has been closed") from error
                 else:
                     self._good = endpoint
                     return answer, unsure
-                with self._lock:
+                with self.lock:
                     if self._turn == turn:
                         self._turn = turn + 1
-            left = deadline - time.monotonic()
+            left = deed.deadline - time.monotonic()
             if left <= 0 or not again:
                 seconds = time.monotonic() - started if again or left <= 0 else None
-                raise self.unreachable(what, reasons, seconds=seconds, unsure=unsure)
+                raise self.unreachable(deed.what, refusals, seconds, unsure=unsure)
             time.sleep(min(ROUND_PAUSE, left))
 
-    def judge(self, error: grpc.RpcError, seconds: float) -> None:
-        """Raise _Failed if another endpoint may do better, _Refused if this is etcd's answer."""
-        code, words = error.code(), _words(error.details())
+    def judge(self, error: grpc.RpcError, seconds: float) -> http.Refusal:
+        """Why another endpoint may do better. Raises Refused if this is etcd's answer."""
+        refused = Refused(error.code().value[0], error.details() or "no reason given")
+        code, words = refused.code, refused.words
+        if "Received message larger" in words:  # our own gRPC's words; etcd's begin small
+            return http.Refusal(f"answers with more than {http.MAX_BODY >> 20} MB", unsure=True)
         connecting = words.startswith(("failed to connect", "errors resolving", "DNS resolution"))
-        overload = code is _Code.RESOURCE_EXHAUSTED and "too many requests" in words
-        if code in _TRANSIENT or overload:
+        if code in _TRANSIENT or refused.overload:
             reason = _reason(words)
-            if code is _Code.DEADLINE_EXCEEDED:
-                reason = f"{_SILENCE} in {seconds:.1f}s"
+            kind = "silent" if reason == _SILENCE else ""
+            if code == DEADLINE:
+                reason, kind = f"{_SILENCE} in {seconds:.1f}s", "silent"
             elif reason == _SILENCE and not connecting:
                 reason = words  # etcd's own "request timed out, possibly due to …"
             # A packet may be lost while connecting too; a refusal is there to stay for now.
-            raise _Failed(reason, again=reason == _SILENCE or not connecting, unsure=not connecting) from None
-        if code in _STRANGE and not _token_ended(_Refused(code, words)):
-            raise _Failed(f"answers, but not as etcd does ({words})", again=False, unsure=True) from None
-        raise _Refused(code, words) from None
+            again = reason == _SILENCE or not connecting
+            return http.Refusal(reason, again=again, unsure=not connecting, kind=kind)
+        if code in _STRANGE and not refused.token_ended:
+            return http.Refusal(f"answers, but not as etcd does ({words})", unsure=True)
+        raise refused from None
 
 
 class _Stream:
     """One watch on one member: the call, and the thread gRPC runs our requests in, which also keeps the time."""
 
     def __init__(self, member: _Member, create: pb.WatchRequest, token: str | None, patience: float) -> None:
+        self.member = member
         self.endpoint = member.endpoint
         self.patience = patience
         self.late = False
@@ -629,40 +417,15 @@ class _Stream:
             pause = PROGRESS_SECONDS
 
 
-class GrpcWatch:
-    """Changes below a prefix. One stream at a time; when it breaks, another member goes on after the last event.
-
-    Iterate in one thread; `close` from any.
-    """
+class GrpcWatch(V3Watch):
+    """Changes below a prefix. One stream at a time; when it breaks, another member goes on after the last event."""
 
     def __init__(self, store: EtcdGrpcStore, prefix: str, after: int) -> None:
+        super().__init__(store, prefix, after)
         self._store = store
-        self._prefix = prefix
-        self._last = after
-        """The highest revision of which everything was taken in."""
-        self._ready: deque[Event] = deque()
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._closed = threading.Event()
-        self._over = False
-        self._turn = store.first()
-        self._lost: float | None = None
-        """Since when no member serves us (time.monotonic)."""
-        self._reasons: dict[Endpoint, str] = {}
-        self._back_off = 0.0
-        self._stale: str | None = None
-        """A token etcd called ended."""
-
-    def __iter__(self) -> GrpcWatch:
-        return self
-
-    def __enter__(self) -> GrpcWatch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._closed.set()
@@ -684,13 +447,8 @@ class GrpcWatch:
 
     def _open(self) -> _Stream | None:
         """A stream on the next member, not yet known to work; None if there was none to be had."""
-        store = self._store
-        now = time.monotonic()
-        if self._lost is None:
-            self._lost = now
-        patience = max(0.1, min(store.timeout / len(store.endpoints), self._lost + store.timeout - now))
-        endpoint = store.endpoints[self._turn % len(store.endpoints)]
-        first, end = _range(self._prefix.encode())
+        store, endpoint, patience = self._store, self._endpoint, self._begin()
+        first, end = prefix_range(self._prefix.encode())
         # From the last revision itself, whose events we drop: a watch that starts in the future gets no answer to
         # progress requests (etcd 3.5.8 and later), and one that starts where the history was cut may miss a delete
         # there (etcd issue 18089).
@@ -698,106 +456,63 @@ class GrpcWatch:
             key=first, range_end=end, start_revision=max(1, self._last), progress_notify=True
         )
         try:
-            token = store.session(now + patience, self._stale)
+            token = store.session(time.monotonic() + patience, self._stale)
             member = store.member(endpoint)
             with self._lock:
                 if not self._closed.is_set():
                     self._stream = _Stream(member, pb.WatchRequest(create_request=create), token, patience)
                 return self._stream
         except ValueError:  # gRPC: "Cannot invoke RPC on closed channel!"
-            self._fail(endpoint, "the connection has been closed")
+            self._fail(endpoint, http.Refusal("the connection has been closed"))
         except http.Unreachable as error:  # nobody to log in to
-            self._fail(endpoint, next(iter(error.details)).rpartition("   ")[2])
+            self._fail(endpoint, http.Refusal(next(iter(error.details)).rpartition("   ")[2]))
         return None
 
     def _read(self, stream: _Stream) -> None:
         try:
             response = stream.next()
         except StopIteration:
-            self._fail(stream.endpoint, "ended the watch")
+            self._fail(stream.endpoint, http.Refusal("ended the watch"))
         except grpc.RpcError as error:
             if self._closed.is_set():
                 return
             if stream.late:
-                self._fail(stream.endpoint, f"no answer in {stream.patience:.1f}s")
+                words = f"{_SILENCE} in {stream.patience:.1f}s"
+                self._fail(stream.endpoint, http.Refusal(words, kind="silent"))
                 return
             try:
-                self._store.judge(error, stream.patience)
-            except _Failed as failed:
-                self._fail(stream.endpoint, failed.reason)
-            except _Refused as refused:
+                self._fail(stream.endpoint, self._store.judge(error, stream.patience))
+            except Refused as refused:
                 self._refused(refused, stream.endpoint)
         else:
-            self._take(response, stream)
+            self._response(response, stream)
 
-    def _take(self, response: pb.WatchResponse, stream: _Stream) -> None:
+    def _response(self, response: pb.WatchResponse, stream: _Stream) -> None:
         if response.compact_revision:
-            self._ready.append(Compacted(response.compact_revision))
-            self._over = True
-            self._drop()
+            self._forgotten(response.compact_revision)
             return
         if response.canceled:
-            words = _words(response.cancel_reason)
-            self._refused(_Refused(_code_in(words), words), stream.endpoint)
+            self._refused(cancelled(response.cancel_reason or "no reason given"), stream.endpoint)
             return
         stream.heard()
-        self._lost = None
-        self._reasons.clear()
-        self._back_off = 0.0
-        self._stale = None
-        behind = response.created and response.header.revision < self._last
-        if behind and self._store.revision(self._prefix) < self._last:
-            # Not a member that lags, but an etcd that lost its data: it would be silent until it has caught up.
-            self._ready.append(Compacted(response.header.revision))
-            self._over = True
-            self._drop()
-            return
-        seen = self._last
-        for event in response.events:
-            revision = event.kv.mod_revision
-            if revision <= seen:
-                continue  # taken in before the stream was opened again
-            self._last = max(self._last, revision)
-            item = _entry(event.kv)
-            if isinstance(item, Unreadable):
-                continue
-            deleted = event.type == kv_pb2.Event.DELETE
-            self._ready.append(Delete(item.key, revision) if deleted else Put(item))
-        if not response.events and not response.created:
+        if response.created:
+            self._created(response.header.revision)
+        self._take(
+            [
+                Change(_entry(event.kv), event.kv.mod_revision, event.type == kv_pb2.Event.DELETE)
+                for event in response.events
+            ],
             # What etcd sends on its own counts for this watch. Its answer to our request (watch id -1) may overtake
             # events before 3.4.25 and 3.5.8 (etcd issue 15220): a sign of life, but nothing to resume from.
-            if response.watch_id >= 0:
-                self._last = max(self._last, response.header.revision)
-            self._ready.append(Progress(self._last))
+            0 if response.events or response.created or response.watch_id < 0 else response.header.revision,
+        )
+        if not response.events and not response.created:
+            self._alive()
+        if self._store.renewed(stream.member):
+            self._drop()  # and open again with the certificate that is in use now
 
-    def _refused(self, refused: _Refused, endpoint: Endpoint) -> None:
-        """etcd ended the watch. For its own troubles we go on elsewhere; what is wrong with us is raised."""
-        if _token_ended(refused) and self._store.token is not None and self._stale is None:
-            self._drop()
-            self._stale = self._store.token  # the next try logs in again
-            return
-        if refused.code is _Code.UNAVAILABLE:
-            self._fail(endpoint, refused.words or "ended the watch")
-            return
-        self._over = True
-        self._drop()
-        raise self._store.explain(refused, f"watch {self._prefix}")
-
-    def _fail(self, endpoint: Endpoint, reason: str) -> None:
-        """A member does not serve us now: try the next, more and more slowly, and give up after `timeout`."""
-        self._drop()
-        _note(self._reasons, endpoint, reason)
-        self._turn += 1
-        now = time.monotonic()
-        if self._lost is None:
-            self._lost = now
-        gone = now - self._lost
-        if gone >= self._store.timeout:
-            self._lost = None  # who goes on iterating has us try again
-            raise self._store.unreachable(f"watch {self._prefix}", self._reasons, seconds=gone) from None
-        if self._back_off == 0.0 or self._turn % len(self._store.endpoints) == 0:
-            self._back_off = min(max(_BACK_OFF[0], self._back_off * 2), _BACK_OFF[1])
-        self._closed.wait(min(self._back_off, self._store.timeout - gone))
+    def _pause(self, seconds: float) -> None:
+        self._closed.wait(seconds)
 
     def _drop(self) -> None:
         with self._lock:
@@ -806,96 +521,16 @@ class GrpcWatch:
             stream.end()
 
 
-def _credentials(cacert: str | None, cert: str | None, key: str | None) -> grpc.ChannelCredentials:
-    """Without `cacert` the system's CAs count, as for curl and etcdctl. A `cert` file may hold the key too."""
-    import ssl
-
-    from flanctl.registry.stores.http import tls_context
-
-    tls_context(
-        cacert, cert, key
-    )  # OpenSSL looks at the files and says what is wrong; gRPC only fails to connect
-    roots = cacert or ssl.get_default_verify_paths().cafile
-    files = (roots, None if cert is None else key or cert, cert)
-    return grpc.ssl_channel_credentials(
-        *(None if path is None else Path(path).read_bytes() for path in files)
-    )
-
-
 def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return (("token", token),) if token else ()
-
-
-def _words(details: str | None) -> str:
-    return (details or "no reason given")[:500].removeprefix("etcdserver: ")
-
-
-def _note(reasons: dict[Endpoint, str], endpoint: Endpoint, reason: str) -> None:
-    """What was said before tells more than a silence, and a first silence was the longest."""
-    if endpoint not in reasons or not reason.startswith(_SILENCE):
-        reasons[endpoint] = reason
 
 
 def _reason(words: str) -> str:
     return next((reason for sign, reason in _REASONS if sign in words), words)
 
 
-def _token_ended(refused: _Refused) -> bool:
-    return refused.code is _Code.UNAUTHENTICATED or any(
-        sign in refused.words
-        for sign in ("invalid auth token", "user name is empty", "revision of auth store is old")
-    )
-
-
-def _login_refused(refused: _Refused) -> bool:
-    return _token_ended(refused) or any(
-        sign in refused.words for sign in ("authentication failed", "user name not found")
-    )
-
-
-def _code_in(words: str) -> grpc.StatusCode:
-    """A cancelled watch names its reason only in words; what we do not know is the member's own trouble."""
-    signs = {
-        "ermission denied": _Code.PERMISSION_DENIED,
-        "PermissionDenied": _Code.PERMISSION_DENIED,
-        "invalid auth token": _Code.UNAUTHENTICATED,
-        "Unauthenticated": _Code.UNAUTHENTICATED,
-        "user name is empty": _Code.INVALID_ARGUMENT,
-        "InvalidArgument": _Code.INVALID_ARGUMENT,
-    }
-    return next((code for sign, code in signs.items() if sign in words), _Code.UNAVAILABLE)
-
-
-def _range(prefix: bytes) -> tuple[bytes, bytes]:
-    """First key and end of everything that starts with `prefix` (etcd: "\\0" is the end of all keys)."""
-    stem = prefix.rstrip(b"\xff")
-    if not stem:
-        return prefix or b"\0", b"\0"
-    return prefix, stem[:-1] + bytes([stem[-1] + 1])
-
-
-def _seconds(ttl: float) -> int:
-    return max(1, math.ceil(ttl))
-
-
-def _unchanged(key: str, expected: int) -> pb.Compare:
-    return pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.MOD, key=key.encode(), mod_revision=expected)
-
-
-def _lease_name(lease: int) -> str | None:
-    return str(lease) if lease else None
-
-
-def _lease_id(lease: str) -> int:
-    return int(lease)
-
-
 def _entry(kv: kv_pb2.KeyValue) -> Entry | Unreadable:
-    try:
-        key = kv.key.decode()
-    except UnicodeDecodeError:
-        return Unreadable(kv.key)
-    return Entry(key, kv.value, kv.mod_revision, _lease_name(kv.lease))
+    return readable(kv.key, kv.value, kv.mod_revision, kv.lease)
 
 
 def _current(answer: pb.TxnResponse) -> Entry | None:

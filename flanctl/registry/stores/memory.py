@@ -117,6 +117,7 @@ class MemoryStore:
     """See stores/store.py for what each call promises."""
 
     name = "memory"
+    api = ""
 
     def __init__(self, clock: Clock | None = None, *, _data: _Data | None = None) -> None:
         self._data = _data or _Data(clock or BootClock())

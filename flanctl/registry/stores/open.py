@@ -8,22 +8,25 @@ Nothing heavy is imported before it is known to be needed: a command on a file l
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from flanctl.errors import FlanctlError, NotFound, UsageError
+from flanctl.errors import FlanctlError, NotFound, RegistryUnreachable, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
     from flanctl.registry.stores.endpoints import Endpoint
-    from flanctl.registry.stores.store import Entry, Event, Snapshot, Store, Watch
+    from flanctl.registry.stores.etcd_v2 import EtcdV2Store
+    from flanctl.registry.stores.store import Store
 
-T = TypeVar("T")
+Api = Literal["auto", "v2", "v3"]
+Prefer = Literal["gateway", "grpc"]
 
 _SQLITE = "sqlite:"
+
+LOOK_SECONDS = 2.0
+"""How long the API that is not used is asked whether it holds a config too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,27 @@ class Connection:
     key: str | None = None
     user: str | None = None
     password: str | None = field(default=None, repr=False)
+    api: Api = "v3"
 
 
-def open_store(connection: Connection, *, prefer: Literal["gateway", "grpc"], create: bool = True) -> Store:
+def unheard(sentence: str, warning: bool) -> None:
+    """Nobody asked."""
+
+
+def open_store(
+    connection: Connection,
+    *,
+    prefer: Prefer,
+    create: bool = True,
+    key: str | None = None,
+    say: Callable[[str, bool], None] = unheard,
+) -> Store:
     """The store the endpoints name. For etcd no connection is made yet; a file is opened at once.
 
-    `sqlite:PATH` alone is a file. Anything else is etcd v3: by its JSON gateway (quick to start, falls back to
-    gRPC where the gateway is off) or by gRPC (for who stays; the gateway if the libraries are missing).
+    `sqlite:PATH` alone is a file. Anything else is etcd. Its v3 API is asked by the JSON gateway (quick to start, falls
+    back to gRPC where the gateway is off) or by gRPC (for who stays; the gateway if the libraries are missing).
+    With api `auto` the first question decides for v3 or v2, by which of them holds `key`, the network's config.
+    `say(sentence, warning)` is told which way was taken and why.
     `create=False` is for who only asks: a file that is not there is NotFound then, and a slip of the pen makes none.
     Raises UsageError for endpoints that cannot mean anything, and what SqliteStore raises.
     """
@@ -56,12 +73,44 @@ def open_store(connection: Connection, *, prefer: Literal["gateway", "grpc"], cr
     from flanctl.registry.stores.endpoints import parse_endpoints
 
     endpoints = parse_endpoints(connection.endpoints)
+    if connection.api == "v2":
+        return _open_v2(endpoints, connection)
+    v3 = _open_v3(endpoints, connection, prefer, say)
+    if connection.api == "v3" or key is None:
+        return v3
+
+    from flanctl.registry.stores.switching import AutoStore
+
+    return AutoStore(v3, lambda timeout: _open_v2(endpoints, connection, timeout), key, say)
+
+
+def holds(connection: Connection, api: Api, key: str) -> bool:
+    """Whether an API of these servers has the key; False also when it is not served or says nothing soon."""
+    from dataclasses import replace
+
+    short = replace(connection, api=api, timeout=min(LOOK_SECONDS, connection.timeout))
+    store = open_store(short, prefer="gateway")
+    try:
+        return store.get(key) is not None
+    except FlanctlError:
+        return False
+    finally:
+        store.close()
+
+
+def _open_v3(
+    endpoints: Sequence[Endpoint], connection: Connection, prefer: Prefer, say: Callable[[str, bool], None]
+) -> Store:
     if prefer == "grpc":
         try:
             return _open_grpc(endpoints, connection)
-        except _GrpcMissing:
+        except GrpcMissing as missing:
+            say(f"{missing.message}; the registry is asked over HTTP", True)
             return _open_gateway(endpoints, connection)
-    return FallbackStore(_open_gateway(endpoints, connection), lambda: _open_grpc(endpoints, connection))
+
+    from flanctl.registry.stores.switching import FallbackStore
+
+    return FallbackStore(_open_gateway(endpoints, connection), lambda: _open_grpc(endpoints, connection), say)
 
 
 def _open_file(connection: Connection, *, create: bool) -> Store:
@@ -96,15 +145,32 @@ def _open_gateway(endpoints: Sequence[Endpoint], connection: Connection) -> Stor
     )
 
 
-class _GrpcMissing(FlanctlError):
-    """etcd3 or grpc is not installed, or not in versions that go together."""
+def _open_v2(
+    endpoints: Sequence[Endpoint], connection: Connection, timeout: float | None = None
+) -> EtcdV2Store:
+    from flanctl.registry.stores.etcd_v2 import EtcdV2Store
+
+    return EtcdV2Store(
+        endpoints,
+        timeout=connection.timeout if timeout is None else min(timeout, connection.timeout),
+        cacert=connection.cacert,
+        cert=connection.cert,
+        key=connection.key,
+        user=connection.user,
+        password=connection.password,
+    )
+
+
+class GrpcMissing(RegistryUnreachable):
+    """etcd3 or grpc is not installed, not in versions that go together, or lacks a library of the system's."""
 
 
 def _open_grpc(endpoints: Sequence[Endpoint], connection: Connection) -> Store:
     try:
         from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
-    except (ImportError, TypeError) as error:  # TypeError: etcd3 0.12.0's messages under protobuf 4 and newer
-        raise _GrpcMissing(f"gRPC cannot be loaded: {error}", hint="pip install flanctl") from error
+    except (ImportError, OSError, TypeError) as error:
+        # ImportError: no libstdc++ for cygrpc. TypeError: etcd3 0.12.0's messages under protobuf 4 and newer.
+        raise GrpcMissing(f"gRPC cannot be loaded ({error})") from error
     return EtcdGrpcStore(
         endpoints,
         timeout=connection.timeout,
@@ -114,138 +180,3 @@ def _open_grpc(endpoints: Sequence[Endpoint], connection: Connection) -> Store:
         user=connection.user,
         password=connection.password,
     )
-
-
-class FallbackStore:
-    """The gateway until it says that it is off, gRPC from then on.
-
-    GatewayOff means that nothing was done, so the call that met it is simply made again.
-    """
-
-    def __init__(self, gateway: Store, open_grpc: Callable[[], Store]) -> None:
-        self._gateway = gateway
-        self._open_grpc = open_grpc
-        self._grpc: Store | None = None
-        self._closed = False
-        self._switching = threading.Lock()
-
-    @property
-    def name(self) -> str:
-        return self._current().name
-
-    def describe(self) -> str:
-        return self._current().describe()
-
-    def get(self, key: str) -> Entry | None:
-        return self.ask(lambda store: store.get(key))
-
-    def list(self, prefix: str, *, at: int | None = None) -> Snapshot:
-        return self.ask(lambda store: store.list(prefix, at=at))
-
-    def with_ttl(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
-        return self.ask(lambda store: store.with_ttl(entries))
-
-    def create(self, key: str, value: bytes, *, ttl: float | None) -> Entry:
-        return self.ask(lambda store: store.create(key, value, ttl=ttl))
-
-    def replace(self, key: str, value: bytes, *, ttl: float | None, expected: int) -> Entry:
-        return self.ask(lambda store: store.replace(key, value, ttl=ttl, expected=expected))
-
-    def delete(self, key: str, *, expected: int | None = None) -> bool:
-        return self.ask(lambda store: store.delete(key, expected=expected))
-
-    def refresh(self, entry: Entry, *, ttl: float) -> Entry:
-        return self.ask(lambda store: store.refresh(entry, ttl=ttl))
-
-    def watch(self, prefix: str, *, after: int) -> FallbackWatch:
-        return FallbackWatch(self, prefix, after)
-
-    def close(self) -> None:
-        with self._switching:
-            self._closed = True
-            self._gateway.close()
-            if self._grpc is not None:
-                self._grpc.close()
-
-    def ask(self, call: Callable[[Store], T]) -> T:
-        from flanctl.registry.stores.etcd_gateway import GatewayOff
-
-        try:
-            return call(self._current())
-        except GatewayOff as off:
-            return call(self._switch(off))
-
-    def _current(self) -> Store:
-        return self._grpc or self._gateway
-
-    def _switch(self, off: FlanctlError) -> Store:
-        """Whoever comes first opens the other store. Without it, and when closed, the gateway's error stands."""
-        with self._switching:
-            if self._grpc is None:
-                if self._closed:
-                    raise off
-                try:
-                    self._grpc = self._open_grpc()
-                except _GrpcMissing as missing:
-                    off.details = (*off.details, missing.message)
-                    off.hint = off.hint or missing.hint
-                    raise off from missing
-            return self._grpc
-
-
-class FallbackWatch:
-    """A watch that goes on by gRPC after the last revision seen."""
-
-    def __init__(self, store: FallbackStore, prefix: str, after: int) -> None:
-        self._store = store
-        self._prefix = prefix
-        self._seen = after
-        self._closed = False
-        self._opening = threading.Lock()
-        self._watch = store.ask(self._open)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Event:
-        event = self._store.ask(self._next)
-        self._seen = max(self._seen, _revision(event))
-        return event
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        with self._opening:
-            self._closed = True
-            self._watch.close()
-
-    def _open(self, store: Store) -> Watch:
-        self._of = store
-        return store.watch(self._prefix, after=self._seen)
-
-    def _next(self, store: Store) -> Event:
-        if store is not self._of:
-            with self._opening:
-                if self._closed:
-                    raise StopIteration
-                self._watch.close()
-                self._watch = self._open(store)
-        return next(self._watch)
-
-
-def _revision(event: Event) -> int:
-    from flanctl.registry.stores.store import Compacted, Put
-
-    match event:
-        case Put(entry):
-            return entry.revision
-        case Compacted():
-            return 0  # the end of the watch, not an event of it
-        case _:
-            return event.revision

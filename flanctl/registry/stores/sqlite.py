@@ -90,6 +90,7 @@ class SqliteStore:
     """
 
     name = "sqlite"
+    api = ""
 
     def __init__(self, path: str, *, timeout: float = 5.0, clock: Clock | None = None) -> None:
         self._path = os.path.abspath(path)

@@ -145,6 +145,11 @@ class Store(Protocol):
         """For people: `etcd v3 over gRPC`, `sqlite`."""
         ...
 
+    @property
+    def api(self) -> str:
+        """Which of an etcd's two sets of keys this is, `v2` or `v3` (as far as known); "" where there is one."""
+        ...
+
     def describe(self) -> str:
         """Name, version and endpoint that answered last, as far as known, without asking again."""
         ...

@@ -186,13 +186,13 @@ class House:
         self.store = self.registry.another()
         self.options(watchdog=watchdog, patient=patient, healthz=healthz)
 
-    def options(self, *, watchdog: float = 0.0, **more) -> None:
+    def options(self, *, watchdog: float = 0.0, dialect: Dialect | None = Dialect.V0_28, **more) -> None:
         self.agent = Agent(
             Options(
                 PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0, **more
             ),
             store=self.store,
-            dialect=Dialect.V0_28,
+            dialect=dialect,
             look=self.look,  # type: ignore[arg-type]
             log=Log(self.text, journal=False),
             notify=Notify(f"@flanctl-test-{os.getpid()}", watchdog=watchdog),
@@ -831,6 +831,19 @@ def test_a_restart_during_an_outage_carries_packets_at_once_in_the_same_subnet(h
     assert "going on with what we knew last: 172.17." in house.log()
     assert house.ours() == [key]
     assert house.registry.get(key).lease is not None
+
+
+def test_a_restart_during_an_outage_speaks_as_the_registry_did_that_is_silent_now(house):
+    """A silent etcd does not tell whether the network is in v2."""
+    known = house.folder / "state" / "known.json"
+    house.options(dialect=None)
+    house.store.api = "v2"
+    ran_with_a_peer(house)
+    assert json.loads(known.read_text())["dialect"] == "0.7"
+    house.options(dialect=None)
+    house.live_until_ready()
+    assert json.loads(known.read_text())["dialect"] == "0.7"
+    assert "going on with what we knew last" in house.log()
 
 
 def test_a_restart_during_an_outage_gives_way_when_the_registry_names_another_host(house):

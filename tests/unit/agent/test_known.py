@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from flanctl.agent.known import FILE, Known, forget, load, save
 from flanctl.errors import Invalid
+from flanctl.model.dialect import Dialect
 from flanctl.model.peers import Peer
 from flanctl.registry.stores.store import Entry
 
 KNOWN = Known(
     "/jxdd/network",
+    Dialect.V0_7,
     b'{"Network":"172.17.0.0/16"}',
     Entry("/jxdd/network/subnets/172.17.41.0-24", b'{"PublicIP":"192.168.6.2"}', 48211, "7587848"),
     1.8e9,
@@ -41,7 +43,7 @@ def test_what_was_saved_is_loaded_and_nobody_else_may_read_it(tmp_path):
 
 
 def test_a_reservation_has_no_end(tmp_path):
-    known = Known(KNOWN.prefix, KNOWN.config, KNOWN.entry, None, ())
+    known = Known(KNOWN.prefix, KNOWN.dialect, KNOWN.config, KNOWN.entry, None, ())
     save(tmp_path, known)
     assert load(tmp_path) == known
     assert known.left is None
@@ -70,7 +72,7 @@ JSON = st.recursive(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.sampled_from(["format", "prefix", "config", "lease", "ends", "peers"]), JSON)
+@given(st.sampled_from(["format", "prefix", "dialect", "config", "lease", "ends", "peers"]), JSON)
 def test_whatever_stands_in_a_field_is_understood_or_invalid(tmp_path, field, value):
     save(tmp_path, KNOWN)
     path = tmp_path / FILE
@@ -97,7 +99,7 @@ def test_five_thousand_peers_are_written_and_read_in_no_time(tmp_path):
         Peer(IPv4Network((0x0A000000 + n * 256, 24)), IPv4Address(0xAC100000 + n), None, None)
         for n in range(5000)
     )
-    known = Known(KNOWN.prefix, KNOWN.config, KNOWN.entry, 1.8e9, peers)
+    known = Known(KNOWN.prefix, KNOWN.dialect, KNOWN.config, KNOWN.entry, 1.8e9, peers)
     began = time.thread_time()
     save(tmp_path, known)
     assert load(tmp_path) == known

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,18 @@ class Request:
 class Scripted:
     """Calls `answer` for each request; bytes are sent and the connection kept, None closes it unanswered.
 
+    An iterator is sent piece by piece, for as long as the client listens.
+
     `answer` may also wait for `ended`, which is set when the server closes: a member that hangs.
     """
 
     def __init__(
         self,
-        answer: Callable[[Request], bytes | None],
+        answer: Callable[[Request], bytes | Iterator[bytes] | None],
         *,
         tls: ssl.SSLContext | None = None,
         close: bool = False,
+        port: int = 0,
     ) -> None:
         self.answer = answer
         self.requests: list[Request] = []
@@ -46,7 +49,7 @@ class Scripted:
         self._close = close
         self._links: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
         self._start(self._accept)
 
@@ -97,7 +100,8 @@ class Scripted:
                 said = self.answer(request)
                 if said is None:
                     return
-                link.sendall(said)
+                for piece in (said,) if isinstance(said, bytes) else said:
+                    link.sendall(piece)
                 if self._close:
                     return
         except OSError:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted, RegistryUnreachable
-from flanctl.registry.stores import etcd_grpc
+from flanctl.registry.stores import etcd_grpc, etcd_v3
 from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
 from flanctl.registry.stores.store import Changed, Compacted, Delete, KeyExists, Progress, Put
@@ -351,6 +351,19 @@ class TestEndpoints:
         with pytest.raises(NotFound, match=r"no\.pem"):
             EtcdGrpcStore(endpoint, cacert=str(tmp_path / "no.pem"))
 
+    def test_an_answer_of_100_mb_is_not_taken(self, etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Bounded as over HTTP; the bound is lowered here so that no test moves so much."""
+        options = [
+            (name, 100_000 if name == "grpc.max_receive_message_length" else value)
+            for name, value in door._CHANNEL_OPTIONS
+        ]
+        monkeypatch.setattr(etcd_grpc, "_CHANNEL_OPTIONS", options)
+        assert dict(door._CHANNEL_OPTIONS)["grpc.max_receive_message_length"] == 100_000
+        etcd.script["Range"] = [listed(kv(b"x" * 200_000))]
+        with opened(etcd.endpoint) as store, pytest.raises(RegistryUnreachable) as error:
+            store.list("/a/")
+        assert error.value.details == (f"{etcd.endpoint}   answers with more than 64 MB",)
+
     def test_a_closed_store_says_so(self, etcd: Etcd) -> None:
         with opened(etcd.endpoint) as store:
             pass
@@ -391,7 +404,7 @@ class TestList:
         ],
     )
     def test_the_end_of_a_prefix(self, prefix: bytes, expected: tuple[bytes, bytes]) -> None:
-        assert etcd_grpc._range(prefix) == expected
+        assert etcd_v3.prefix_range(prefix) == expected
 
 
 def event(revision: int, *, deleted: bool = False, key: bytes = KEY.encode()) -> Any:
@@ -407,6 +420,11 @@ def told(*events: Any, **more: Any) -> Any:
 CREATED = told(created=True)
 
 
+def iter_then_quiet(context: Any) -> Iterator[Any]:
+    yield CREATED
+    quiet(context)
+
+
 class TestWatch:
     def test_a_broken_stream_goes_on_where_it_was(self, etcd: Etcd) -> None:
         def breaks(_: Any, context: Any) -> Any:
@@ -417,7 +435,7 @@ class TestWatch:
         etcd.script["Watch"] = [
             breaks,
             [
-                pb.WatchResponse(created=True, header=pb.ResponseHeader(revision=11)),
+                pb.WatchResponse(header=pb.ResponseHeader(revision=11), created=True),
                 told(event(9, deleted=True), event(10, key=b"/a/\xff")),
                 told(event(11)),
             ],
@@ -441,6 +459,20 @@ class TestWatch:
         etcd.script["Watch"] = [[CREATED, asked, unasked]]
         with opened(etcd.endpoint) as store, store.watch("/a/", after=7) as watch:
             assert [next(watch), next(watch)] == [Progress(7), Progress(80)]
+
+    def test_one_that_is_accepted_and_ended_again_and_again_is_none(self, etcd: Etcd) -> None:
+        etcd.script["Watch"] = [[CREATED]]
+        with opened(etcd.endpoint, timeout=1.0) as store, store.watch("/a/", after=7) as watch:
+            with pytest.raises(RegistryUnreachable, match="cannot watch /a/") as error:
+                next(watch)
+        assert error.value.details == (f"{etcd.endpoint}   ended the watch",)
+        assert len(etcd.asked["Watch"]) < 8
+
+    def test_a_store_that_has_gone_back_makes_the_reader_list_again(self, etcd: Etcd) -> None:
+        etcd.script["Watch"] = [lambda _, context: iter_then_quiet(context)]
+        etcd.script["Range"] = [listed(revision=7)]
+        with opened(etcd.endpoint) as store:
+            assert list(store.watch("/a/", after=900)) == [Compacted(7)]
 
     def test_a_watch_we_may_not_have_is_an_error(self, etcd: Etcd) -> None:
         words = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
@@ -496,7 +528,7 @@ class TestWatch:
             thread = threading.Thread(target=lambda: list(watch))
             thread.start()
             if state == "no endpoint":
-                until(lambda: watch._reasons)
+                until(lambda: watch._refusals)
             else:
                 assert ready.wait(10)
             started = time.monotonic()

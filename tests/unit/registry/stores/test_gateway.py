@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flanctl.errors import FlanctlError, Invalid, NotPermitted, RegistryUnreachable
-from flanctl.registry.stores import etcd_gateway
+from flanctl.registry.stores import etcd_gateway, etcd_v3, http_watch
 from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore, GatewayOff
 from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
@@ -176,7 +176,7 @@ def test_refresh_with_any_answer_lost_leaves_the_key_with_its_full_time(
 def test_a_long_list_comes_in_pages_of_one_revision(
     cluster: Cluster, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd_gateway, "_PAGE", 3)
+    monkeypatch.setattr(etcd_v3, "PAGE", 3)
     for i in range(8):
         cluster.etcdctl("put", f"{prefix}{i}", "old")
     pages = itertools.count()
@@ -199,7 +199,7 @@ def test_a_long_list_comes_in_pages_of_one_revision(
 def test_a_list_whose_revision_is_compacted_between_pages_begins_again(
     cluster: Cluster, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd_gateway, "_PAGE", 3)
+    monkeypatch.setattr(etcd_v3, "PAGE", 3)
     for i in range(5):
         cluster.etcdctl("put", f"{prefix}{i}", "old")
     pages = itertools.count()
@@ -312,7 +312,9 @@ def test_closing_from_another_thread_ends_a_watch_at_once_wherever_it_waits(clus
     with Scripted(lambda _: (hung.ended.wait(20), None)[1]) as hung:
         for endpoint in (cluster.endpoints[0], local(hung), f"127.0.0.1:{closed_port()}"):
             with opened(endpoint) as store:
-                watch = store.watch("/", after=10**9)
+                watch = store.watch(
+                    "/", after=json.loads(cluster.etcdctl("get", "/", "-w=json"))["header"]["revision"]
+                )
                 timer = threading.Timer(0.2, watch.close)
                 timer.start()
                 begin = time.monotonic()
@@ -380,9 +382,10 @@ def test_what_no_etcd_sends_is_no_answer(message: dict[str, Any]) -> None:
     with (
         Scripted(lambda _: etcd({**HEADER, **message})) as server,
         opened(local(server)) as store,
-        pytest.raises(RegistryUnreachable, match="etcd"),
+        pytest.raises(RegistryUnreachable, match="cannot list /") as caught,
     ):
         store.list("/")
+    assert "etcd" in caught.value.details[0]
 
 
 def test_a_watch_leaves_a_member_that_sends_garbage_and_misses_nothing() -> None:
@@ -403,6 +406,51 @@ def test_a_watch_too_far_behind_says_so_and_ends() -> None:
         assert list(store.watch("/", after=1)) == [Compacted(9)]
 
 
+def test_a_watch_that_is_accepted_and_ended_again_and_again_is_none() -> None:
+    """It is opened again ever more slowly, and after the time-out said to be none."""
+    with Scripted(lambda _: chunked(result(created=True)) + b"0\r\n\r\n") as server:
+        with opened(local(server), timeout=1.0) as store, store.watch("/", after=5) as watch:
+            with pytest.raises(RegistryUnreachable, match="cannot watch /") as caught:
+                next(watch)
+        assert "ended the watch" in caught.value.details[0]
+        assert len(server.requests) < 8
+
+
+def test_a_watch_on_a_store_that_has_gone_back_makes_the_reader_list_again() -> None:
+    """All data lost and etcd empty again: revisions start anew, and a watch from an old one would say nothing."""
+
+    def answer(request: Request) -> bytes:
+        return chunked(result(created=True)) if "watch" in request.path else etcd(HEADER)
+
+    with Scripted(answer) as server, opened(local(server)) as store:
+        assert list(store.watch("/", after=900)) == [Compacted(7)]
+
+
+def test_a_watch_on_a_member_that_only_lags_goes_on() -> None:
+    ahead = {"header": {**HEADER["header"], "revision": "900"}}
+
+    def answer(request: Request) -> bytes:
+        if "watch" in request.path:
+            return chunked(result(created=True), result(events=[put("/a", 901)]))
+        return etcd(ahead)
+
+    with Scripted(answer) as server, opened(local(server)) as store, store.watch("/", after=900) as watch:
+        assert next(watch) == Put(Entry("/a", b"", 901))
+
+
+@pytest.mark.parametrize("key", ["L2E=", "L2I="])
+def test_a_list_without_end_is_no_answer(key: str) -> None:
+    """More is always to come, and what comes is what was there, or what was asked for is passed over."""
+    page = {
+        **HEADER,
+        "kvs": [{"key": "L2I=", "mod_revision": "3"}, {"key": key, "mod_revision": "3"}],
+        "more": True,
+    }
+    with Scripted(lambda _: etcd(page)) as server, opened(local(server)) as store:
+        with pytest.raises(RegistryUnreachable, match="cannot list /: etcd sent a list without end"):
+            store.list("/")
+
+
 def test_a_watch_ended_for_want_of_a_leader_goes_on_at_the_next_member() -> None:
     no_leader = result(
         canceled=True, cancel_reason="rpc error: code = Unavailable desc = etcdserver: no leader"
@@ -421,8 +469,8 @@ def test_a_watch_ended_for_want_of_a_leader_goes_on_at_the_next_member() -> None
 def test_a_member_that_hangs_is_left_when_it_does_not_answer_the_probe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(etcd_gateway, "_PROBE_EVERY", 0.2)
-    monkeypatch.setattr(etcd_gateway, "_PROBE_WAIT", 0.2)
+    monkeypatch.setattr(http_watch, "PROBE_EVERY", 0.2)
+    monkeypatch.setattr(etcd_gateway, "PROBE_WAIT", 0.2)
 
     def hang(request: Request) -> bytes | None:
         if "health" in request.path:
@@ -521,6 +569,8 @@ def test_etcd_3_3_is_served_by_its_own_path(cluster: Cluster, prefix: str) -> No
         ok(b"not found", status="404 Not Found"),
         ok(b'{"hello": "world"}'),
         ok(b"[]"),
+        ok(b"[" * 10_000),
+        ok(b'{"header":' * 10_000),
         ok(b"", status="302 Found"),
         ok(b"Forbidden", status="403 Forbidden"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
-from flanctl.registry.stores import http
+from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted, RegistryUnreachable
+from flanctl.registry.stores import http, http_connection, tls
 from flanctl.registry.stores.endpoints import Endpoint
 from tests.unit.registry.stores.pki import make_pki, needs_openssl, server_context
 from tests.unit.registry.stores.scripted import Request, Scripted, closed_port, ok
@@ -239,7 +241,7 @@ def test_a_stream_is_read_piece_by_piece_goes_on_after_a_timeout_and_ends_when_c
     with Scripted(lambda _: head) as server:
         transport = http.Transport(at(server.port), timeout=5)
         stream = transport.stream(
-            at(server.port)[0], "/w", b"{}", {}, deadline=time.monotonic() + 5, cancel=wake
+            at(server.port)[0], "POST", "/w", b"{}", {}, deadline=time.monotonic() + 5, cancel=wake
         )
         try:
             text = b""
@@ -292,7 +294,15 @@ def test_a_server_we_do_not_trust_is_said(pki: Path) -> None:
         assert "not trusted" in fails(server.port, scheme="https").details[0]
     with Scripted(lambda _: ok(), tls=server_context(pki, "old")) as server:
         error = fails(server.port, scheme="https", cacert=str(pki / "ca.pem"))
-        assert "certificate has expired" in error.details[0]
+        yesterday = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 86400))
+        assert f"its certificate expired {yesterday}" in error.details[0]
+    with Scripted(lambda _: ok(), tls=server_context(pki)) as server:
+        transport = http.Transport(
+            [Endpoint("https", "localhost", server.port)], timeout=2, cacert=str(pki / "ca.pem")
+        )
+        with contextlib.closing(transport), pytest.raises(RegistryUnreachable) as caught:
+            transport.request("GET", "/")
+        assert "its certificate is for 127.0.0.1, not for localhost" in caught.value.details[0]
 
 
 @needs_openssl
@@ -322,7 +332,7 @@ def test_files_that_are_no_good_are_named(pki: Path, tmp_path: Path) -> None:
     ]
     for kind, words, files in cases:
         with pytest.raises(kind) as caught:
-            http.tls_context(*files)
+            tls.tls_context(*files)
         assert words in caught.value.message
 
 
@@ -335,3 +345,25 @@ def test_nothing_heavy_is_imported_without_https() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["cannot read /a: none of 2 endpoints answered", "[]"], done.stderr
+
+
+def test_a_name_with_several_addresses_is_served_by_one_that_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first takes connections and hangs, as a stopped process does; calls after that go straight to the other."""
+    monkeypatch.setattr(http, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.2", 0)) as hung:
+        port = hung.getsockname()[1]
+        with Scripted(lambda _: ok(b"fine"), port=port) as server:
+            assert server.port == port
+            found = [
+                (int(socket.AF_INET), ("127.0.0.2", port)),
+                (int(socket.AF_INET), ("127.0.0.1", port)),
+            ]
+            monkeypatch.setattr(http_connection, "_look_up", lambda *_: found)
+            transport = http.Transport([Endpoint("http", "etcd.lan", port)], timeout=5)
+            with contextlib.closing(transport):
+                begin = time.monotonic()
+                assert transport.request("GET", "/").body == b"fine"
+                assert time.monotonic() - begin < 2
+                begin = time.monotonic()
+                assert transport.request("GET", "/").body == b"fine"
+                assert time.monotonic() - begin < 0.25

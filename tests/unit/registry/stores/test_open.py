@@ -6,17 +6,18 @@ import contextlib
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from flanctl.errors import NotFound, RegistryUnreachable, UsageError
+from flanctl.errors import NotFound, NotPermitted, RegistryUnreachable, UsageError
 from flanctl.registry.stores import open as opening
 from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore, GatewayOff
 from flanctl.registry.stores.memory import MemoryStore
-from flanctl.registry.stores.open import Connection, FallbackStore, open_store
+from flanctl.registry.stores.open import Connection, open_store
 from flanctl.registry.stores.sqlite import SqliteStore
 from flanctl.registry.stores.store import Put
+from flanctl.registry.stores.switching import AutoStore, FallbackStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,10 +69,34 @@ class TestChoice:
         with pytest.raises(UsageError, match=words):
             open_store(Connection(endpoints), prefer=prefer)
 
-    def test_without_the_libraries_the_agent_takes_the_gateway(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "flanctl.registry.stores.etcd_grpc", None)
-        with contextlib.closing(open_store(Connection(("http://a",)), prefer="grpc")) as store:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ImportError("libstdc++.so.6: cannot open shared object file: No such file or directory"),
+            OSError("cannot map cygrpc"),
+            ModuleNotFoundError("No module named 'grpc'"),
+            TypeError("Descriptors cannot be created directly."),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_where_grpc_cannot_be_loaded_the_agent_takes_the_gateway_and_says_so_in_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        class Broken:
+            """What a C library that is not there does to an import."""
+
+            def find_spec(self, name: str, *_: object) -> None:
+                if name == "flanctl.registry.stores.etcd_grpc":
+                    raise error
+
+        monkeypatch.delitem(sys.modules, "flanctl.registry.stores.etcd_grpc", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+        said: list[tuple[str, bool]] = []
+        with contextlib.closing(
+            open_store(Connection(("http://a",)), prefer="grpc", say=lambda *words: said.append(words))
+        ) as store:
             assert isinstance(store, EtcdGatewayStore)
+        assert said == [(f"gRPC cannot be loaded ({error}); the registry is asked over HTTP", True)]
 
     def test_a_password_is_never_shown(self) -> None:
         connection = Connection(("http://a",), user="root", password="hunter2")
@@ -103,6 +128,111 @@ class TestImports:
         code = "from flanctl.registry.stores.open import *\n"
         code += "open_store(Connection(('http://127.0.0.1:1',)), prefer='gateway')"
         assert not loaded(code) & {"grpc", "etcd3", "google.protobuf", "ssl", "sqlite3", "asyncio", "logging"}
+
+
+class Etcd2:
+    """What AutoStore asks of v2, held in memory."""
+
+    def __init__(self, *, version: str = "3.4.23") -> None:
+        self.data = MemoryStore()
+        self.asked: list[float | None] = []
+        self._version = version
+
+    def open(self, timeout: float | None) -> Any:
+        self.asked.append(timeout)
+        store: Any = self.data.another()
+        store.api, store.name, store.version = "v2", "etcd v2", lambda: self._version
+        return store
+
+
+CONFIG = "/net/config"
+
+
+class TestAuto:
+    @pytest.fixture
+    def v3(self) -> MemoryStore:
+        return MemoryStore()
+
+    @pytest.mark.parametrize(
+        ("in_v3", "in_v2", "api", "sentences"),
+        [
+            (True, False, "", [("memory is taken: the config is there", False)]),
+            (False, True, "v2", [("etcd v2 is taken: the config is there and not in v3", False)]),
+            (
+                True,
+                True,
+                "",
+                [
+                    (f"{CONFIG} is in etcd v3 and in v2: v3 is taken; --api v2 for the other", True),
+                    ("memory is taken: the config is there", False),
+                ],
+            ),
+            (False, False, "", []),
+        ],
+    )
+    def test_the_one_that_holds_the_config_is_taken(
+        self, v3: MemoryStore, in_v3: bool, in_v2: bool, api: str, sentences: list[tuple[str, bool]]
+    ) -> None:
+        v2 = Etcd2()
+        for held, store in ((in_v3, v3), (in_v2, v2.data)):
+            if held:
+                store.another().create(CONFIG, b"{}", ttl=None)
+        said: list[tuple[str, bool]] = []
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *words: said.append(words))) as store:
+            assert (store.get(CONFIG) is not None) == (in_v3 or in_v2)
+            assert (store.api, said) == (api, sentences)
+            store.list("/net/")
+            assert said == sentences, "decided and said once"
+            assert (store.why in store.describe()) and bool(store.why) == (in_v3 or in_v2)
+
+    def test_who_waits_for_a_config_finds_it_in_either(self, v3: MemoryStore) -> None:
+        v2 = Etcd2()
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *_: None)) as store:
+            assert store.get(CONFIG) is None
+            v2.data.create(CONFIG, b"{}", ttl=None)
+            assert store.get(CONFIG) is not None
+            assert store.api == "v2"
+            with store.watch("/net/", after=1) as watch:
+                assert isinstance(next(watch), Put)
+
+    def test_a_v3_in_trouble_is_not_exchanged_for_what_is_left_in_v2(self, v3: MemoryStore) -> None:
+        v2 = Etcd2()
+        v2.data.create(CONFIG, b"old", ttl=None)
+        v3.fail("get", RegistryUnreachable("no leader"))
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *_: None)) as store:
+            with pytest.raises(RegistryUnreachable, match="no leader"):
+                store.get(CONFIG)
+
+    def test_a_v2_that_does_not_let_us_look_is_said_only_where_v3_holds_nothing(
+        self, v3: MemoryStore
+    ) -> None:
+        class Guarded(Etcd2):
+            def open(self, timeout: float | None) -> Any:
+                store = super().open(timeout)
+                store.fail("get", NotPermitted("etcd wants a login"))
+                return store
+
+        with contextlib.closing(AutoStore(v3, Guarded().open, CONFIG, lambda *_: None)) as store:
+            with pytest.raises(NotPermitted, match="wants a login") as caught:
+                store.get(CONFIG)
+            assert "--api v3" in (caught.value.hint or "")
+            v3.create(CONFIG, b"{}", ttl=None)
+            assert store.get(CONFIG) is not None
+
+    def test_an_etcd_older_than_3_has_only_v2(self, v3: MemoryStore) -> None:
+        v3.fail("get", RegistryUnreachable("answers, but is not etcd (no gRPC)"), times=9)
+        v2 = Etcd2(version="2.3.8")
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *_: None)) as store:
+            assert store.get(CONFIG) is None
+            assert store.api == "v2"
+
+    def test_no_right_to_look_is_no_absence(self, v3: MemoryStore) -> None:
+        v3.fail("get", NotPermitted("permission denied"), times=2)
+        v2 = Etcd2()
+        v2.data.create(CONFIG, b"old", ttl=None)
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *_: None)) as store:
+            with pytest.raises(NotPermitted):
+                store.get(CONFIG)
 
 
 OFF = GatewayOff("cannot get /a: the gateway is off")

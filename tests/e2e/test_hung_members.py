@@ -1,0 +1,135 @@
+"""What a member that hangs costs, by every store: three seconds for a call, ten for a watch, seconds to come back."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flanctl.errors import RegistryUnreachable
+from flanctl.registry.stores.endpoints import parse_endpoints
+from flanctl.registry.stores.store import Put
+from tests.e2e.test_registry_cluster import WITH_V2
+from tests.support.deadline import until
+from tests.support.etcd import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from flanctl.registry.stores.store import Event, Store
+
+pytestmark = pytest.mark.needs("etcd34")
+
+CALL, WATCH = 3.0, 10.0
+SLACK = 1.0
+"""Seconds a loaded machine may add."""
+
+TIMEOUT = 15.0
+"""A long one: patience with one endpoint must not grow with it."""
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster("3.4", v2=True, folder=tmp_path_factory.mktemp("etcd")) as cluster:
+        yield cluster
+
+
+def opened(kind: str, *endpoints: str) -> contextlib.closing[Store]:
+    return contextlib.closing(WITH_V2[kind](parse_endpoints(endpoints), timeout=TIMEOUT))
+
+
+@pytest.fixture(params=["half-open", "SYN dropped"])
+def hung(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A host that takes a connection and says nothing, or does not even take it."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        place = server.getsockname()
+        if request.param == "SYN dropped":
+            # A full accept queue: Linux then drops the first packet of whoever comes next (tcp(7), backlog of listen(2)).
+            for _ in range(4):
+                link = stack.enter_context(socket.socket())
+                link.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    link.connect(place)
+        yield f"http://127.0.0.1:{place[1]}"
+
+
+@pytest.mark.parametrize("kind", WITH_V2)
+def test_a_host_that_hangs_costs_a_call_its_share_and_a_watch_too(
+    single: Cluster, hung: str, kind: str
+) -> None:
+    with opened(kind, hung, *single.endpoints) as store:
+        begin = time.monotonic()
+        assert store.get("/nothing") is None
+        assert time.monotonic() - begin < CALL + SLACK
+        begin = time.monotonic()
+        store.get("/nothing")
+        assert time.monotonic() - begin < 1, "the next call begins with the one that answered"
+    with opened(kind, hung, *single.endpoints) as store, opened(kind, *single.endpoints) as other:
+        entry = other.create(f"/hung/{kind}/{hung[-5:]}", b"v", ttl=None)
+        begin = time.monotonic()
+        with store.watch(f"/hung/{kind}/", after=entry.revision - 1) as watch:
+            assert isinstance(next(event for event in watch if isinstance(event, Put)), Put)
+        assert time.monotonic() - begin < WATCH + SLACK
+
+
+@pytest.mark.parametrize("kind", WITH_V2)
+def test_a_member_that_stops_under_a_watch_is_left_within_ten_seconds(tmp_path: Path, kind: str) -> None:
+    with Cluster("3.4", 3, v2=True, folder=tmp_path) as cluster:
+        with opened(kind, *cluster.endpoints) as store, opened(kind, *cluster.endpoints[1:]) as other:
+            start = other.create(f"/stop/{kind}/a", b"1", ttl=None)
+            store.get("/stop")
+            assert cluster.endpoints[0] in store.describe()
+            if cluster.leader() == 0:
+                cluster.etcdctl("move-leader", _id(cluster, 1))
+            events: list[Event] = []
+            with store.watch(f"/stop/{kind}/", after=start.revision - 1) as watch:
+                reader = threading.Thread(target=lambda: events.extend(watch))
+                reader.start()
+                until(lambda: any(isinstance(event, Put) for event in events))
+                cluster.freeze(0)
+                begin = time.monotonic()
+                changed = other.replace(start.key, b"2", ttl=None, expected=start.revision)
+                until(lambda: Put(changed) in events, seconds=30)
+                took = time.monotonic() - begin
+                assert took < WATCH + SLACK, f"{took:.1f} s"
+                begin = time.monotonic()
+                assert store.get(start.key) is not None
+                assert time.monotonic() - begin < CALL + SLACK
+                cluster.thaw(0)
+            reader.join(5)
+            assert not reader.is_alive()
+
+
+@pytest.mark.parametrize("kind", WITH_V2)
+def test_an_endpoint_that_comes_back_is_used_within_seconds(tmp_path: Path, kind: str) -> None:
+    with Cluster("3.4", v2=True, folder=tmp_path) as cluster:
+        with opened(kind, *cluster.endpoints) as store:
+            store.create("/back/a", b"v", ttl=None)
+            cluster.kill(0)
+            until(lambda: _away(store), what="the outage is noticed")
+            cluster.restart(0)
+            begin = time.monotonic()
+            until(lambda: not _away(store), what="it is used again")
+            assert time.monotonic() - begin < 3 + SLACK
+
+
+def _away(store: Store) -> bool:
+    try:
+        store.get("/back/a")
+    except RegistryUnreachable:
+        return True
+    return False
+
+
+def _id(cluster: Cluster, index: int) -> str:
+    """A member's id as etcdctl takes it."""
+    for line in cluster.etcdctl("member", "list").splitlines():
+        if f"etcd{index}," in line.replace(" ", ""):
+            return line.partition(",")[0]
+    raise AssertionError(f"no member etcd{index}")
