@@ -27,6 +27,11 @@ test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last o
 test-unit: setup ## Unit and property tests only: no root, seconds
 	$(PYTEST) tests/unit
 
+.PHONY: fuzz
+fuzz: setup ## Hostile keys, values and answers, and the lease model deeper: ten minutes (SECONDS=… for another time)
+	FLANCTL_FUZZ_SECONDS=$(or $(SECONDS),600) $(PY) -m pytest tests/unit -m fuzz --timeout 0 -q
+	FLANCTL_MODEL_STATES=$(or $(STATES),100000) $(PY) -m pytest tests/unit/registry/test_lease_model.py --timeout 0 -q
+
 .PHONY: setup
 setup: $(VENV)/.native ## .venv with flanctl in it, editable
 

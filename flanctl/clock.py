@@ -32,9 +32,9 @@ class BootClock:
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def wait(self, stop: threading.Event, seconds: float) -> bool:
-        """Event.wait counts CLOCK_MONOTONIC; looking again at least every 30 s notices a suspend."""
+        """Event.wait counts CLOCK_MONOTONIC; looking again every 5 s notices a suspend that soon after it."""
         deadline = self.now() + seconds
         while (left := deadline - self.now()) > 0:
-            if stop.wait(min(left, 30.0)):
+            if stop.wait(min(left, 5.0)):
                 return True
         return stop.is_set()

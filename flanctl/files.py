@@ -71,11 +71,12 @@ def _temporary(name: str) -> str:
 
 
 def make_directory(folder: Path) -> None:
-    """Make the last level of `folder` if it is missing. Raises OSError."""
+    """Make the last level of `folder` if it is missing, on disk when this returns. Raises OSError."""
     try:
         folder.mkdir(mode=0o755)
     except FileExistsError:
-        pass
+        return
+    _sync_directory(str(folder.parent))
 
 
 def _sync_directory(folder: str) -> None:

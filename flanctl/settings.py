@@ -190,6 +190,13 @@ AGENT = (
         flanneld="iptables-resync",
     ),
     Setting(
+        "lease_ttl",
+        "How long the registry keeps our lease without a word from us; renewed at a third of it.",
+        kind="seconds",
+        default="24h",
+        metavar="DURATION",
+    ),
+    Setting(
         "subnet_lease_renew_margin",
         "Renew at the latest this many minutes before the lease ends.",
         kind="number",
@@ -274,11 +281,13 @@ class Settings:
             raise self._bad(name, f"from {lowest} to {highest}")
         return number
 
-    def seconds(self, name: str) -> float:
-        """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`."""
+    def seconds(self, name: str, *, lowest: float = 0.0) -> float:
+        """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`; `lowest` seconds at least."""
         seconds = parse_seconds(self.text(name))
         if seconds is None:
             raise self._bad(name, DURATION)
+        if seconds < lowest:
+            raise self._bad(name, f"at least {lowest:g}s")
         return seconds
 
     def choice(self, name: str, *allowed: str) -> str:

@@ -15,15 +15,20 @@ import enum
 import fcntl
 import os
 import queue
+import secrets
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
+from flanctl.agent import known as known_file
 from flanctl.agent import state as state_file
 from flanctl.agent.answers import Answers
+from flanctl.agent.known import Known
 from flanctl.agent.log import MINUTE, Repeated
 from flanctl.agent.meters import MeteredStore
 from flanctl.agent.observer import TURN, Observer
@@ -41,13 +46,15 @@ from flanctl.errors import (
     RegistryUnreachable,
 )
 from flanctl.files import make_directory, sweep, write_atomically
-from flanctl.model.lease import LeaseAttributes
-from flanctl.model.peers import peers_of
+from flanctl.model.lease import Lease, LeaseAttributes
+from flanctl.model.network_config import NetworkConfig
+from flanctl.model.peers import Problem, peers_of
 from flanctl.model.subnet_file import SubnetFile
-from flanctl.registry.announcements import Announcement, announce
-from flanctl.registry.config import config_key, read_config
+from flanctl.registry.announcements import AnnounceFailed, Announcement, Announcer, CloneSeen
+from flanctl.registry.config import config_key, no_config, read_config
 from flanctl.registry.leases import (
     LEASE_TTL,
+    Acquired,
     Keeper,
     KeeperReport,
     LeaseRenewed,
@@ -56,11 +63,12 @@ from flanctl.registry.leases import (
     RegistryBack,
     RegistryTrouble,
 )
-from flanctl.registry.peers import Follower, FollowerReport, PeersChanged
+from flanctl.registry.peers import ConfigSeen, Follower, FollowerReport, PeersChanged, RegistryDoubted
+from flanctl.registry.stores.store import Put
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from ipaddress import IPv4Network
     from pathlib import Path
     from types import FrameType
 
@@ -71,10 +79,9 @@ if TYPE_CHECKING:
     from flanctl.agent.notify import Notify
     from flanctl.clock import Clock
     from flanctl.model.dialect import Dialect
-    from flanctl.model.network_config import NetworkConfig
     from flanctl.model.peers import Peer
-    from flanctl.registry.leases import Acquired
-    from flanctl.registry.stores.store import Store
+    from flanctl.registry.leases import UnreadableLease
+    from flanctl.registry.stores.store import Delete, Entry, Store
 
 STOP_SECONDS = 2.5
 """For all workers together; with the backend's 2 s the agent keeps its promise of 5 s."""
@@ -85,10 +92,13 @@ LINK_PAUSE = 0.5
 """Seconds between two looks for the sake of link events: somebody who fights us over flannel0 must not own the CPU."""
 FATAL = frozenset({"device-foreign", "device-busy"})
 """What trying again does not mend: flannel0 is somebody else's now."""
+REMEMBER_SECONDS = 5.0
+"""Between two writings of what we know, while it changes; it is written when the agent stops, too."""
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
 MANY_CHANGES = 10
-"""More peers than this coming and going at once make one log line."""
+"""More peers than this coming and going at once make one log line, more problems one more."""
+_NOWHERE = IPv4Network("0.0.0.0/32")
 
 
 class Phase(enum.Enum):
@@ -117,6 +127,8 @@ class Options:
     patient: bool = False
     """Start as flanneld 0.7.1 does: a config that is wrong, a backend we lack, no free subnet are waited out too, and
     said once a minute."""
+    lease_ttl: float = LEASE_TTL
+    """Seconds the registry keeps our lease without a word from us."""
     healthz: tuple[str, int] | None = None
     """Address and port for HTTP; None: only the unix socket."""
 
@@ -150,7 +162,22 @@ class Reload:
     """SIGHUP: nothing is read again but the machine, which is compared at once."""
 
 
-Message = Stop | PathFailed | ShowCounters | Reload | LinkChanged | WorkerFailed | PeersChanged | KeeperReport
+Message = (
+    Stop
+    | PathFailed
+    | ShowCounters
+    | Reload
+    | LinkChanged
+    | WorkerFailed
+    | FollowerReport
+    | KeeperReport
+    | CloneSeen
+    | AnnounceFailed
+)
+
+
+class _StartOver(Exception):
+    """What we knew last is of no use here after all: wait for the registry."""
 
 
 class StopRequested(Exception):
@@ -192,8 +219,23 @@ class Agent:
         self._interruptible = False
         self._stop_reason: str | None = None
         self._peers: tuple[Peer, ...] | None = None
+        self._words: Announcement
+        self._config_text = b""
+        self._known: Known | None = None
+        """What we go on with, started while the registry is silent."""
+        self._known_is_of_use = True
+        self._unsaved = False
+        self._saved = 0.0
+        self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
         self._follower: Follower
+        self._problems: dict[str, tuple[Problem, ...]] = {}
+        self.problems: tuple[Problem, ...] = ()
+        """What is wrong in the registry as this host sees it, by id and subnet; replaced whole, read from any thread.
+
+        Ids: duplicate-ip, overlap, outside-network, other-backend, bad-public-ip (model/peers.py), bad-key, bad-value,
+        clone, config-changed, config-invalid, no-config, registry-doubted, bad-state. How bad each is: snapshot.py.
+        """
         self._drops: dict[str, int] = {}
         self._failures: dict[str, list[float]] = {}
         self._looked = 0.0
@@ -248,8 +290,9 @@ class Agent:
                 id="healthz-port",
             ) from None
 
-    def _files(self) -> tuple[Path, Path]:
-        return self._options.subnet_file, self._options.state_dir / state_file.FILE
+    def _files(self) -> tuple[Path, ...]:
+        state_dir = self._options.state_dir
+        return self._options.subnet_file, state_dir / state_file.FILE, state_dir / known_file.FILE
 
     def _introduce(self, config: NetworkConfig, machine: Machine) -> None:
         for sentence in (*config.warnings, *machine.underlay.warnings, *machine.warnings):
@@ -286,6 +329,11 @@ class Agent:
                             sweep(path)
                         self._live(config, machine)
                         break
+                    except _StartOver:
+                        if machine is not None:
+                            machine.backend.stop()
+                            machine.close()
+                            machine = None
                     except FlanctlError as error:
                         if not self._worth_waiting(error):
                             raise
@@ -299,6 +347,7 @@ class Agent:
             except LeaseLost as error:
                 lease = "lost"
                 self._observer.lost(error)
+                known_file.forget(self._options.state_dir)
                 self._log.error(
                     f"lease lost: {error.message}; stopping with {error.exit_code}, kernel state stays",
                     id=error.id,
@@ -372,19 +421,25 @@ class Agent:
             self._notify.status(status)
 
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
-        remembered = self._remember()
-        held = self._acquire(config, machine, remembered)
+        found = self._remember()
+        remembered = found or State.new()
+        held = self._acquire(config, machine, remembered) if self._known is None else self._resume(machine)
         self._observer.leased(held)
         self.phase = Phase.LEASED
         self._turn()
         subnet = held.lease.subnet
-        state_file.save(
-            self._options.state_dir, replace(remembered, prefix=self._options.prefix, subnet=subnet)
-        )
+        self._save(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
-        self._start_workers(held, machine, remembered)
-        self._serve(config, machine, held, rules)
+        self._start_workers(held, machine, remembered, first=found is None)
+        if self._known is not None:
+            self._keeper.wake()  # the first answer says whether the subnet is still ours
+            self._peers = self._known.peers
+            self._apply(config, machine, held, rules, with_rules=True)
+        try:
+            self._serve(config, machine, held, rules)
+        finally:
+            self._write_down()
 
     def _serve(self, config: NetworkConfig, machine: Machine, held: Acquired, rules: IptablesRules) -> None:
         """The loop: take every message there is, then do what they made due, once."""
@@ -393,6 +448,8 @@ class Agent:
             self._turn()
             dirty = False
             soon = min(due, self._looked + LINK_PAUSE) if self._link_changed else due
+            if self._unsaved and self._peers is not None:
+                soon = min(soon, self._saved + REMEMBER_SECONDS)
             turn = min(TURN, self._notify.watchdog / 3 or TURN)
             wait = min(turn, max(0.0, soon - self._clock.now()))
             for message in self._messages(wait):
@@ -408,6 +465,8 @@ class Agent:
                 self._apply(config, machine, held, rules, with_rules=tick or self.phase is not Phase.READY)
             if tick:
                 self._tell_drops(machine)
+            if self._clock.now() >= self._saved + REMEMBER_SECONDS:
+                self._write_down()
 
     def _messages(self, seconds: float) -> Iterator[Message]:
         """The next message, waited for, and all that are there with it."""
@@ -427,6 +486,8 @@ class Agent:
                 self._log.info("counters", **{name: n for name, n in machine.backend.counters().items() if n})
             case PeersChanged():
                 return self._learn(config, machine, held)
+            case ConfigSeen(entry):
+                self._note("config", self._compare(config, held, entry))
             case LinkChanged():
                 self._link_changed = True
             case Reload():
@@ -454,6 +515,9 @@ class Agent:
                 with self._waiting():
                     stored = read_config(self._store, self._options.prefix, self._dialect)
             except (RegistryUnreachable, NotFound) as error:
+                if isinstance(error, RegistryUnreachable) and (config := self._known_config()) is not None:
+                    self._log.warn(f"registry: {error.message}", **_hint(error))
+                    return config
                 self._wait_on(error)
                 continue
             except Invalid as error:
@@ -461,6 +525,7 @@ class Agent:
                     raise
                 self._wait_on(error)
                 continue
+            self._config_text = stored.entry.value
             if stored.entry.revision != self._config_revision:  # a patient start comes here again and again
                 self._config_revision = stored.entry.revision
                 self._log.info(
@@ -469,6 +534,64 @@ class Agent:
                     revision=stored.entry.revision,
                 )
             return stored.config
+
+    def _known_config(self) -> NetworkConfig | None:
+        """The config we knew last, if with it we can go on; a start that has to wait for the registry stops packets."""
+        if not self._known_is_of_use:
+            return None
+        try:
+            known = known_file.load(self._options.state_dir)
+            if known is None or known.prefix != self._options.prefix:
+                return None
+            config = NetworkConfig.parse(
+                known.config, self._dialect, name="the config known last", strict=False
+            )
+        except Invalid as error:
+            if self._repeated.worth_saying("known"):
+                self._log.warn(error.message, id="bad-state")
+            return None
+        if known.left is not None and known.left <= 0:
+            return None
+        self._known, self._config_text = known, known.config
+        return config
+
+    def _resume(self, machine: Machine) -> Acquired:
+        """Our lease as we knew it last. Raises _StartOver when this host cannot go on with it."""
+        known = self._known
+        assert known is not None
+        lease = self._leases.read(known.entry)
+        left = known.left
+        if (
+            not isinstance(lease, Lease)
+            or lease.attributes.public_ip != machine.underlay.public_ip
+            or not machine.config.accepts(lease.subnet)
+            or (left is not None and left <= 0)
+        ):
+            self._known, self._known_is_of_use = None, False
+            raise _StartOver
+        machine.backend.prepare()
+        self._log.warn(
+            f"going on with what we knew last: {lease.subnet}, {len(known.peers)} peers; packets flow",
+            lease_left=_hours(left),
+        )
+        ends = None if left is None else self._clock.now() + left
+        return Acquired(lease, known.entry, "kept", ends=ends)
+
+    def _write_down(self) -> None:
+        """For whoever is started after us while the registry is silent."""
+        if not self._unsaved or self._peers is None:
+            return
+        held = self._keeper.held
+        ends = None if held.ends is None else time.time() + held.ends - self._clock.now()
+        known = Known(self._options.prefix, self._config_text, held.entry, ends, self._peers)
+        self._saved, self._unsaved = self._clock.now(), False
+        try:
+            known_file.save(self._options.state_dir, known)
+        except FlanctlError as error:
+            words = f"a restart during an outage will have to wait for the registry: {error.message}"
+            self._note("known", (Problem("bad-state", None, words),))
+        else:
+            self._note("known", ())
 
     def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
         """Our lease. An outage in the middle is waited out; what was written meanwhile is found again."""
@@ -482,7 +605,9 @@ class Agent:
         while True:
             try:
                 with self._waiting():
-                    held = self._leases.acquire(config, attributes, previous=previous)
+                    held = self._leases.acquire(
+                        config, attributes, previous=previous, ttl=self._options.lease_ttl
+                    )
             except RegistryUnreachable as error:
                 self._wait_on(error)
                 continue
@@ -512,14 +637,25 @@ class Agent:
         mendable = conflict or error.id == "backend-unsupported"
         return self._options.patient and self.phase is Phase.STARTING and mendable
 
-    def _remember(self) -> State:
-        """Our state file; a new one where there is none, and after one that cannot be read (said)."""
+    def _remember(self) -> State | None:
+        """Our state file; None where there is none, or one that cannot be read (said): it is made anew then, from
+        subnet.env and what the registry has in our name.
+        """
         try:
-            found = state_file.load(self._options.state_dir)
-        except Invalid as error:
+            return state_file.load(self._options.state_dir)
+        except FlanctlError as error:
             self._log.warn(f"{error.message}; starting a new one", id="bad-state")
-            found = None
-        return found or State.new()
+            return None
+
+    def _save(self, state: State) -> None:
+        """Remember our subnet. A full or broken disk must not keep packets from flowing: subnet.env and the registry
+        remember it too.
+        """
+        try:
+            state_file.save(self._options.state_dir, state)
+        except FlanctlError as error:
+            words = f"our subnet is not remembered over a reboot: {error.message}"
+            self._note("state", (Problem("bad-state", None, words),))
 
     def _previous(self, remembered: State) -> list[IPv4Network]:
         """Subnets we had, the surest memory first. /run is empty after a reboot, a state directory is not."""
@@ -534,42 +670,61 @@ class Agent:
             self._log.warn(f"{self._options.subnet_file} is not used: {error.message}")
         return previous
 
-    def _start_workers(self, held: Acquired, machine: Machine, remembered: State) -> None:
+    def _start_workers(self, held: Acquired, machine: Machine, remembered: State, *, first: bool) -> None:
+        public_ip = machine.underlay.public_ip
         words = Announcement(
             host=os.uname().nodename,
             version=__version__,
             data_path=machine.backend.data_path,
             instance=remembered.instance,
+            run=secrets.token_hex(8),
         )
-        public_ip = machine.underlay.public_ip
-
-        def tell_others() -> None:
-            """Beside the lease and as long-lived; a network without it works just the same."""
-            try:
-                announce(self._store, self._options.prefix, public_ip, words, ttl=LEASE_TTL)
-            except FlanctlError as error:
-                self._log.warn(f"cannot announce this host: {error.message}")
+        self._words = words
+        announcer = Announcer(
+            self._store,
+            self._options.prefix,
+            public_ip,
+            words,
+            self._inbox.put,
+            ttl=self._options.lease_ttl,
+            clock=self._clock,
+            first=first,
+        )
 
         def heard(report: KeeperReport) -> None:
             self._observer.renewed(report)
-            if isinstance(report, LeaseRenewed | LeaseRestored):
-                tell_others()
             self._inbox.put(report)
-
-        keeper = Keeper(self._leases, held, heard, margin=self._options.renew_margin)
-        self._keeper = keeper
 
         def followed(report: FollowerReport) -> None:
             self._observer.heard("follower", report)
             self._inbox.put(report)
 
-        self._follower = Follower(self._leases, followed)
+        keeper = Keeper(
+            self._leases,
+            held,
+            heard,
+            margin=self._options.renew_margin,
+            ttl=self._options.lease_ttl,
+        )
+
+        def beside_leases(event: Put | Delete) -> None:
+            if isinstance(event, Put) and event.entry.key == announcer.key:
+                announcer.saw(event.entry.value)
 
         def keep() -> None:
-            tell_others()
-            keeper.run()
+            try:
+                keeper.run()
+            except LeaseLost:
+                try:
+                    announcer.withdraw()
+                except FlanctlError:
+                    pass  # it ends with its time; what matters is that we end now
+                raise
 
+        self._keeper = keeper
+        self._follower = Follower(self._leases, followed, own=held.entry.key, also=beside_leases)
         self._crew.start("lease keeper", keep, keeper.stop)
+        self._crew.start("announcer", announcer.run, announcer.stop)
         self._crew.start("peer watch", self._follower.run, self._follower.stop)
         self._crew.start("data plane watch", *self._path_watch(machine.backend))
         self._crew.start("link monitor", *machine.link_watch(lambda: self._inbox.put(LinkChanged())))
@@ -590,7 +745,11 @@ class Agent:
     def _learn(self, config: NetworkConfig, machine: Machine, held: Acquired) -> bool:
         """A new complete picture of all leases: who is new, who left, what is wrong with ours."""
         table, own, own_ip = self._follower.table(), held.lease.subnet, machine.underlay.public_ip
-        if not any(lease.subnet == own and lease.attributes.public_ip == own_ip for lease in table.leases):
+        kept = {lease.key for lease in table.kept}
+        if not any(
+            lease.subnet == own and lease.attributes.public_ip == own_ip and lease.key not in kept
+            for lease in table.leases
+        ):
             # Gone, or somebody else's: the keeper writes it again or finds that it is lost.
             self._keeper.wake()
         peers, problems = peers_of(
@@ -599,23 +758,78 @@ class Agent:
             own_ip=own_ip,
             config=config,
             backend_type=config.backend_type,
+            memo=self._memo,
         )
-        self._observer.learned(table, peers, problems)
-        for bad in table.unreadable:
-            if self._repeated.worth_saying(f"unreadable {bad.key}") == 1:
-                self._log.warn(f"skipped unreadable key: {bad.message}", key=bad.key, id=bad.problem)
-        for problem in problems:
-            if self._repeated.worth_saying(f"{problem.id} {problem.subnet}") == 1:
-                self._log.warn(problem.message, id=problem.id)
-        if self._peers is not None:
+        self._observer.learned(table)
+        self._note("keys", tuple(map(_unreadable, table.unreadable)))
+        self._note("leases", problems)
+        if self._peers is not None and peers != self._peers:
             self._tell_changes(self._peers, peers, table.revision)
         changed = peers != self._peers
         self._peers = peers
+        self._unsaved |= changed
         return changed
+
+    def _compare(self, config: NetworkConfig, held: Acquired, entry: Entry | None) -> tuple[Problem, ...]:
+        """How the config in the registry differs from the one we run with, which counts until the next start."""
+        stay = "this agent goes on with the one it started with"
+        if entry is None:
+            return (
+                Problem("no-config", None, f"{no_config(self._options.prefix).message} any more; {stay}"),
+            )
+        try:
+            now = NetworkConfig.parse(entry.value, self._dialect, name=entry.key, strict=False)
+        except Invalid as error:
+            words = f"{error.message} (revision {entry.revision}); {stay}"
+            return (Problem("config-invalid", None, words),)
+        if now == config:
+            return ()
+        before, after = config.effective(), now.effective()
+        changes = [
+            f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]
+        ]
+        words = f"{entry.key} was changed at revision {entry.revision}: {', '.join(changes)}; {stay}"
+        if not now.accepts(held.lease.subnet):
+            words += f", and our subnet {held.lease.subnet} has no place in the new one"
+        return (Problem("config-changed", None, words),)
+
+    def _note(self, source: str, found: tuple[Problem, ...]) -> None:
+        """What is wrong by one source's word. Said when it comes and when it goes, and counted, not repeated."""
+        before = self._problems.get(source, ())
+        if found == before:
+            return
+        self._problems[source] = found
+        self.problems = tuple(
+            sorted(
+                (problem for some in self._problems.values() for problem in some),
+                key=lambda problem: (problem.id, problem.subnet or _NOWHERE, problem.message),
+            )
+        )
+        self._observer.noted(self.problems)
+        known = {(problem.id, problem.message) for problem in before}
+        there = {(problem.id, problem.message) for problem in found}
+        new = [problem for problem in found if (problem.id, problem.message) not in known]
+        over = [problem for problem in before if (problem.id, problem.message) not in there]
+        for problem in new[:MANY_CHANGES]:
+            self._log.warn(problem.message, id=problem.id)
+        if len(new) > MANY_CHANGES:
+            self._log.warn(
+                f"{len(new) - MANY_CHANGES} more of the kind", id=new[-1].id, in_all=len(self.problems)
+            )
+        for problem in over[:MANY_CHANGES]:
+            self._log.info(f"over: {problem.message}", id=problem.id)
+        if len(over) > MANY_CHANGES:
+            self._log.info(
+                f"over: {len(over) - MANY_CHANGES} more", id=over[-1].id, in_all=len(self.problems)
+            )
 
     def _tell_changes(self, before: tuple[Peer, ...], after: tuple[Peer, ...], revision: int) -> None:
         """A line for each change, or one for all when there are many."""
-        gone, new = set(before) - set(after), set(after) - set(before)
+        # By identity first (peers_of's memo): to hash ten thousand peers at each event takes longer than all the rest.
+        there, were = set(map(id, after)), set(map(id, before))
+        left = {peer for peer in before if id(peer) not in there}
+        came = {peer for peer in after if id(peer) not in were}
+        gone, new = left - came, came - left
         if len(gone) + len(new) > MANY_CHANGES:
             self._log.info(
                 "peers changed", added=len(new), removed=len(gone), revision=revision, peers=len(after)
@@ -667,6 +881,7 @@ class Agent:
             rules_repaired=len(repaired) - len(report.repaired),
             rules_error=rules_error,
             address_trouble=trouble,
+            peers=len(self._peers or ()),
         )
         if self.phase is Phase.READY:
             for sentence in repaired:
@@ -705,14 +920,18 @@ class Agent:
         )
         self._ready_line = self._said_status = line
         self._notify.ready(line)
+        self._unsaved = True
+        self._write_down()
 
     # ---- what the log says --------------------------------------------------------------------------------------
 
     def _tell(self, message: Message) -> None:
         match message:
             case LeaseRenewed(held):
+                self._unsaved = True
                 self._log.info(f"lease {held.lease.subnet} renewed", ttl=_hours(held.lease.ttl))
             case LeaseRestored(held):
+                self._unsaved = True
                 self._log.warn(
                     f"our lease {held.lease.subnet} was gone or rewritten, it stands again",
                     ttl=_hours(held.lease.ttl),
@@ -721,11 +940,40 @@ class Agent:
                 if count := self._repeated.worth_saying("registry"):
                     known = {} if left is None else {"lease_left": _hours(left)}
                     self._log.warn(f"registry: {error.message}; packets go on flowing", tries=count, **known)
+                if left == 0 and (count := self._repeated.worth_saying("lease ended")):
+                    self._log.warn(
+                        "our lease has ended, as far as we know: packets go on flowing until the registry says whose "
+                        "the subnet is",
+                        tries=count,
+                        id="lease-missing",
+                    )
             case RegistryBack(after, tries):
                 self._repeated.over("registry")
+                self._repeated.over("lease ended")
+                self._keeper.retry()
                 self._log.info("registry answers again", after=f"{after:.1f}s", tries=tries)
+            case RegistryDoubted(why, missing):
+                words = (
+                    f"{missing} leases are missing from the registry, and {why}: their routes stay for now"
+                )
+                self._note("doubt", () if why is None else (Problem("registry-doubted", None, words),))
+            case CloneSeen(other):
+                self._note("clone", () if other is None else (self._clone(other),))
+            case AnnounceFailed(error):
+                if count := self._repeated.worth_saying("announce"):
+                    self._log.warn(f"cannot announce this host: {error.message}", tries=count)
             case _:
                 pass
+
+    def _clone(self, other: Announcement) -> Problem:
+        ours = self._words
+        return Problem(
+            "clone",
+            None,
+            f"another machine announces our address: host {_short(other.host)} (instance {_short(other.instance, 8)}, "
+            f"flanctl {_short(other.version, 20)}) beside this one, {_short(ours.host)} (instance "
+            f"{_short(ours.instance, 8)}); both use one lease",
+        )
 
     def _tell_drops(self, machine: Machine) -> None:
         """Refused packets, summed since the last line, so that a flood makes one line and not a million."""
@@ -819,6 +1067,16 @@ def _take_lock(handle: int, path: Path) -> None:
             hint="stop it first",
             id="already-running",
         ) from None
+
+
+def _unreadable(bad: UnreadableLease) -> Problem:
+    """The key's own words in it are cut: it may be a megabyte of hostility."""
+    words = f"skipped unreadable key {_short(bad.key, 200)}: {_short(bad.message, 200)}"
+    return Problem(bad.problem, bad.subnet, words)
+
+
+def _short(text: str, most: int = 64) -> str:
+    return printable(text if len(text) <= most else text[:most] + "…")
 
 
 def _hours(seconds: float | None) -> str:

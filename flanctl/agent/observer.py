@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from flanctl.agent.machine import Machine
     from flanctl.clock import Clock
     from flanctl.model.network_config import NetworkConfig
-    from flanctl.model.peers import Peer
-    from flanctl.model.peers import Problem as PeerProblem
+    from flanctl.model.peers import Problem as NotedProblem
     from flanctl.registry.leases import Acquired, KeeperReport, LeaseTable
     from flanctl.registry.peers import FollowerReport
     from flanctl.registry.stores.store import Store
@@ -68,7 +67,6 @@ class Observer:
         self._objects: dict[str, tuple[int, int]] = {}
         self._rules_error: str | None = None
         self._address_trouble: str | None = None
-        self._known = 0
         self._lost: Problem | None = None
         self._path: Problem | None = None
         self._waits: Problem | None = None
@@ -110,12 +108,10 @@ class Observer:
         self._draft = replace(self._draft, place=place)
 
     def leased(self, held: Acquired) -> None:
-        """Our lease, new or with its full time again. Any thread."""
-        now = self._clock.now()
+        """Our lease: new, with its full time again, or (without a TTL) as the agent before us knew it. Any thread."""
         lease = held.lease
-        ttl = None if lease.reservation else lease.ttl
-        ends = None if ttl is None else now + ttl
-        self._lease = HeldLease(lease.subnet, ends, ttl, now, held.entry.revision)
+        now = None if lease.ttl is None and not lease.reservation else self._clock.now()
+        self._lease = HeldLease(lease.subnet, held.ends, lease.ttl, now, held.entry.revision)
 
     def renewed(self, report: KeeperReport) -> None:
         """What the keeper reports. From its own thread."""
@@ -141,17 +137,26 @@ class Observer:
         elif isinstance(report, RegistryBack):
             self._trouble.pop(worker, None)
 
-    def learned(self, table: LeaseTable, peers: Sequence[Peer], problems: Sequence[PeerProblem]) -> None:
-        """A complete picture of all leases."""
-        bad = [Problem(one.problem, f"{one.key}: {one.message}") for one in table.unreadable]
-        self._registry_problems = (*(Problem(one.id, one.message) for one in problems), *bad)
+    def learned(self, table: LeaseTable) -> None:
+        """A complete picture of all leases. Those that are only still routed to take no subnet."""
         reserved = sum(lease.reservation for lease in table.leases)
-        bad_keys = sum(one.id == "bad-key" for one in bad)
+        reserved -= sum(lease.reservation for lease in table.kept)
+        bad_keys = sum(one.problem == "bad-key" for one in table.unreadable)
         taken = Taken(
-            len(table.leases) - reserved, reserved, bad_keys=bad_keys, bad_values=len(bad) - bad_keys
+            len(table.leases) - len(table.kept) - reserved,
+            reserved,
+            bad_keys=bad_keys,
+            bad_values=len(table.unreadable) - bad_keys,
         )
         self._draft = replace(self._draft, taken=taken, revision=table.revision)
-        self._known = len(peers)
+
+    def noted(self, problems: Sequence[NotedProblem]) -> None:
+        """All that is wrong in the registry now (`Agent.problems`); each has been there since it was first noted."""
+        now = self._clock.now()
+        before = {(one.id, one.message): one.since for one in self._registry_problems}
+        self._registry_problems = tuple(
+            Problem(one.id, one.message, before.get((one.id, one.message), now)) for one in problems
+        )
 
     def applied(
         self,
@@ -162,8 +167,12 @@ class Observer:
         rules_repaired: int,
         rules_error: str | None,
         address_trouble: str | None,
+        peers: int,
     ) -> None:
-        """What one look at the kernel found and did. `rules`: how many chains are wanted, None if nobody looked."""
+        """What one look at the kernel found and did, for so many peers.
+
+        `rules`: how many chains are wanted, None if nobody looked.
+        """
         self.meters.apply_seconds.observe(seconds)
         self._path = None
         found: list[Problem] = []
@@ -201,7 +210,7 @@ class Observer:
             self._draft,
             place=place,
             objects=tuple((kind, *numbers) for kind, numbers in sorted(objects.items())),
-            peers=self._known,
+            peers=peers,
             docker_matches=matches,
         )
 

@@ -29,6 +29,7 @@ PROBLEMS: Mapping[str, str] = {
     "config-invalid": FAIL,
     "backend-unsupported": FAIL,
     "pool-full": FAIL,
+    "clone": FAIL,
     "data-path": FAIL,
     "device-gone": FAIL,
     "routes-missing": FAIL,
@@ -46,6 +47,9 @@ PROBLEMS: Mapping[str, str] = {
     "bad-public-ip": WARN,
     "bad-key": WARN,
     "bad-value": WARN,
+    "config-changed": WARN,
+    "registry-doubted": WARN,
+    "bad-state": WARN,
 }
 """Every id and how bad it is, in the order in which they are shown."""
 
@@ -104,12 +108,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class HeldLease:
-    """Our subnet. `ends` and `ttl` are None for a reservation."""
+    """Our subnet. `ends` is None for a reservation; `ttl` and `renewed` too while we only go on with what the agent
+    before us knew.
+    """
 
     subnet: IPv4Network
     ends: float | None
     ttl: float | None
-    renewed: float
+    renewed: float | None
     revision: int
 
 
@@ -182,16 +188,16 @@ def problems(snapshot: Snapshot, now: Now) -> tuple[Problem, ...]:
     if (silent := stalled(snapshot, now)) is not None:
         words = f"the agent's loop has not turned for {silent:.0f}s"
         found.append(Problem("loop-stalled", words, snapshot.turned))
-    if lease is not None and lease.ends is not None and lease.ttl is not None:
+    if lease is not None and lease.ends is not None:
         left = lease.ends - now.boot
         if left <= 0:
             words = f"our lease {lease.subnet} ran out {-left:.0f}s ago: peers drop their route to us"
             found.append(Problem("lease-missing", words, lease.ends))
-        elif left < lease.ttl / 3:
+        elif lease.ttl is not None and left < lease.ttl / 3:
             words = f"our lease {lease.subnet} ends in {left:.0f}s and has not been renewed"
             found.append(Problem("lease-short", words, lease.renewed))
     heard = now.age(snapshot.watched)
-    registry_away = any(problem.id in REGISTRY for problem in found)
+    registry_away = any(problem.id in REGISTRY - {"no-config"} for problem in found)
     if heard is not None and heard > WATCH_OLD and not registry_away:
         found.append(
             Problem(

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from flanctl.settings import Settings
 
 
+SHORTEST_TTL = 10.0
+"""Seconds: a request may take 5, and a lease that cannot be renewed in time is worse than a long one."""
+
+
 def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = False) -> None:
     """Run the agent these settings describe to its end, or with `check` only look whether it could.
 
@@ -74,6 +78,7 @@ def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
         # flanneld 0.28 takes 1 to 1439 minutes of its fixed 24 h.
         renew_margin=settings.number("subnet_lease_renew_margin", 1, 1439) * 60.0,
         patient=patient,
+        lease_ttl=settings.seconds("lease_ttl", lowest=SHORTEST_TTL),
         healthz=_healthz(settings),
     )
 

@@ -30,10 +30,13 @@ _CHECKS = {
     "lease-foreign": "lease",
     "lease-missing": "lease",
     "lease-short": "lease",
+    "clone": "lease",
     "registry-unreachable": "registry",
     "registry-denied": "registry",
     "no-config": "registry",
     "config-invalid": "registry",
+    "config-changed": "registry",
+    "registry-doubted": "registry",
     "backend-unsupported": "registry",
     "pool-full": "registry",
     "watch-old": "registry",
@@ -48,6 +51,7 @@ _CHECKS = {
     "docker-file-stale": "docker",
     "stale-subnet-env": "subnet.env",
     "healthz-port": "agent",
+    "bad-state": "agent",
 }
 """On whose line a problem stands; the others are about peers."""
 
@@ -58,6 +62,10 @@ _NEXT = {
     "registry-denied": "check --user and its password, --cert and --key, and the role's right to write the prefix",
     "no-config": "flanctl net init --network …",
     "config-invalid": "flanctl net get | flanctl net validate -",
+    "config-changed": "restart the agents when their containers may change address; flanctl net get",
+    "registry-doubted": "see that etcd has its data; every host writes its lease again by itself",
+    "bad-state": "see that the state directory's disk is there, writable and not full",
+    "clone": "give one of the two hosts another address, or stop its agent",
     "pool-full": "flanctl capacity; flanctl subnets ls",
     "loop-stalled": "kill the agent, systemd starts it again; its log may say on what it hangs",
     "docker0-old": "restart docker when its containers may stop",
@@ -216,11 +224,9 @@ def _lease_words(document: Mapping[str, Any]) -> str | None:
     left, renewed = lease["seconds_left"], lease["renewed_seconds_ago"]
     words = f"{lease['subnet']} for {document['public_ip']}, {output.age(left)} left"
     away = document["registry"]["answers"] is False
-    return (
-        f"{words}; packets flow until peers see it expire"
-        if away
-        else f"{words}, renewed {output.age(renewed)} ago"
-    )
+    if away:
+        return f"{words}; packets flow until peers see it expire"
+    return words if renewed is None else f"{words}, renewed {output.age(renewed)} ago"
 
 
 def _registry_words(document: Mapping[str, Any]) -> str | None:

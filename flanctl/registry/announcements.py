@@ -1,20 +1,32 @@
 """What flanctl hosts tell each other beside flannel's keys: `<prefix>/flanctl/hosts/<public-ip>`.
 
 flannel never looks there, so its own keys stay byte-equal. The announcement lives as long as the lease and says
-which program, version and data path a host runs, its name, and a random `instance` that unmasks cloned machines.
+which program, version and data path a host runs, its name, and two random words that unmask another machine with our
+address: `instance`, kept in the state directory, and `run`, this process's (a cloned disk has a cloned state directory).
 """
 
 from __future__ import annotations
 
 import json
+import random
+import threading
 from dataclasses import asdict, dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
+from flanctl.errors import FlanctlError
 from flanctl.registry.stores.store import Changed, KeyExists
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flanctl.clock import Clock
     from flanctl.registry.stores.store import Store
+
+LOOK_SECONDS = 600.0
+"""Between two looks at our own announcement; a third of its time if that is shorter."""
+MAX_BYTES = 4096
+"""Of an announcement we read; ours have about 200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +37,127 @@ class Announcement:
     version: str
     data_path: str
     instance: str
+    run: str = ""
+
+    @classmethod
+    def parse(cls, value: bytes) -> Announcement | None:
+        """None for what cannot be understood: nothing depends on it."""
+        try:
+            if len(value) > MAX_BYTES:
+                return None
+            said = json.loads(value)
+            words = {name: said[name] for name in ("host", "version", "data_path", "instance")}
+            words["run"] = said.get("run", "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return cls(**words) if all(isinstance(word, str) for word in words.values()) else None
+
+    def format(self) -> bytes:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True).encode()
 
 
-def announce(store: Store, prefix: str, public_ip: IPv4Address, words: Announcement, *, ttl: float) -> None:
-    """Write or renew our announcement. Raises what the store raises; losing a race to our own clone is no error."""
-    key = f"{_folder(prefix)}{public_ip}"
-    value = json.dumps(asdict(words), separators=(",", ":"), sort_keys=True).encode()
-    try:
-        current = store.get(key)
-        if current is None:
-            store.create(key, value, ttl=ttl)
-        elif current.value == value:
-            store.refresh(current, ttl=ttl)
-        else:
-            store.replace(key, value, ttl=ttl, expected=current.revision)
-    except (KeyExists, Changed):
-        return
+@dataclass(frozen=True, slots=True)
+class CloneSeen:
+    """Another machine announces our public IP, in these words; None: not any more."""
+
+    other: Announcement | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceFailed:
+    """Our announcement could not be written; a network without it works just the same."""
+
+    error: FlanctlError
+
+
+class Announcer:
+    """Keeps our announcement there and current, and notices another machine's in its place.
+
+    `run` blocks until `stop`. `saw` may be told, from any thread, what a watch showed under our key. `report` is called
+    from either thread. Of two machines with one address each writes its own words every ten minutes, so each learns of
+    the other.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        public_ip: IPv4Address,
+        words: Announcement,
+        report: Callable[[CloneSeen | AnnounceFailed], None],
+        *,
+        ttl: float,
+        clock: Clock,
+        first: bool = False,
+    ) -> None:
+        """`first`: there was no state directory, so what this host announced before cannot be told from another's."""
+        self.key = f"{_folder(prefix)}{public_ip}"
+        self._store = store
+        self._words = words
+        self._value = words.format()
+        self._report = report
+        self._ttl = ttl
+        self._clock = clock
+        self._first = first
+        self._written = False
+        self._withdrawn = False
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                with self._lock:
+                    if not self._withdrawn:
+                        self._announce()
+            except FlanctlError as error:
+                if self._stop.is_set():
+                    return
+                self._report(AnnounceFailed(error))
+            every = min(LOOK_SECONDS, self._ttl / 3)
+            self._clock.wait(self._stop, every * random.uniform(0.9, 1.1))  # noqa: S311  spread, not secret
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def saw(self, value: bytes) -> None:
+        """What stands under our key now, as a watch tells."""
+        other = Announcement.parse(value)
+        if self._written and other is not None and other.run != self._words.run:
+            self._report(CloneSeen(other))
+
+    def withdraw(self) -> None:
+        """Our subnet is another host's: nobody shall take us for its holder. Raises what the store raises."""
+        with self._lock:
+            self._withdrawn = True
+            current = self._store.get(self.key)
+            if current is not None and current.value == self._value:
+                try:
+                    self._store.delete(self.key, expected=current.revision)
+                except Changed:
+                    pass  # somebody else's words by now
+
+    def _announce(self) -> None:
+        current = self._store.get(self.key)
+        other = None
+        try:
+            if current is None:
+                self._store.create(self.key, self._value, ttl=self._ttl)
+            elif current.value == self._value:
+                self._store.refresh(current, ttl=self._ttl)
+            else:
+                other = Announcement.parse(current.value)
+                self._store.replace(self.key, self._value, ttl=self._ttl, expected=current.revision)
+        except (KeyExists, Changed):
+            return  # another machine's, just now: the next look tells
+        if other is not None and not self._written and self._is_our_past(other):
+            other = None
+        self._written = True
+        self._report(CloneSeen(other))
+
+    def _is_our_past(self, other: Announcement) -> bool:
+        """What stood there at our start: our own from before a restart, or from before the state directory was lost."""
+        return other.instance == self._words.instance or (self._first and other.host == self._words.host)
 
 
 def announcements(store: Store, prefix: str) -> dict[IPv4Address, Announcement]:
@@ -50,12 +167,10 @@ def announcements(store: Store, prefix: str) -> dict[IPv4Address, Announcement]:
     for entry in store.list(folder).entries:
         try:
             address = IPv4Address(entry.key.removeprefix(folder))
-            said = json.loads(entry.value)
-            words = {name: said[name] for name in ("host", "version", "data_path", "instance")}
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except ValueError:
             continue
-        if all(isinstance(word, str) for word in words.values()):
-            found[address] = Announcement(**words)
+        if (words := Announcement.parse(entry.value)) is not None:
+            found[address] = words
     return found
 
 

@@ -511,6 +511,59 @@ def test_a_lease_overwritten_by_another_host_ends_the_agent_with_8(place: Place)
     assert place.leases() == {name: b'{"PublicIP":"192.168.66.99"}'}
 
 
+TEN = "10s"
+"""The shortest lease the agent takes."""
+
+
+def stopped_beyond_its_lease(place: Place) -> RunningAgent:
+    """An agent that slept (SIGSTOP; a suspended machine looks the same) until its lease had ended."""
+    agent = place.start("--lease-ttl", TEN).wait()
+    assert len(place.leases()) == 1
+    agent.process.send_signal(signal.SIGSTOP)
+    until(lambda: place.leases() == {}, seconds=30, what="the lease has ended")
+    return agent
+
+
+def test_an_agent_stopped_beyond_its_lease_has_the_same_subnet_again(place: Place) -> None:
+    """flannel.md 11, row 29."""
+    agent = stopped_beyond_its_lease(place)
+    agent.process.send_signal(signal.SIGCONT)
+    name = f"{agent.subnet.network_address}-{agent.subnet.prefixlen}"
+    until(lambda: list(place.leases()) == [name], seconds=10)
+    agent.wait_log("it stands again")
+    assert agent.process.poll() is None
+    assert agent.terminate() == 0
+
+
+def test_an_agent_stopped_beyond_its_lease_ends_with_8_when_its_subnet_was_taken(place: Place) -> None:
+    """flannel.md 11, rows 7 and 29: never two holders."""
+    agent = stopped_beyond_its_lease(place)
+    name = f"{agent.subnet.network_address}-{agent.subnet.prefixlen}"
+    taken = b'{"PublicIP":"192.168.66.77"}'
+    with closing(place.store()) as store:
+        store.create(SUBNETS + name, taken, ttl=600)
+    agent.process.send_signal(signal.SIGCONT)
+    assert agent.wait_end() == 8
+    assert "taken by 192.168.66.77" in agent.log_text()
+    assert place.leases() == {name: taken}
+    with closing(place.store()) as store:
+        assert store.list("/jxdd/network/flanctl/hosts/").entries == (), "nobody takes us for its holder"
+    again = agent.again().wait()
+    assert again.subnet != agent.subnet
+    assert (
+        f"had {agent.subnet} and has {again.subnet} now: {agent.subnet} belongs to 192.168.66.77"
+        in again.log_text()
+    )
+    assert again.terminate() == 0
+
+
+@pytest.mark.parametrize("ttl", ["9s", "0", "-5s", "400000h", "soon", "1d", "inf", "nan"])
+def test_a_lease_time_that_makes_no_sense_is_a_usage_error(place: Place, ttl: str) -> None:
+    code, said = place.attempt("--lease-ttl", ttl)
+    assert code == 2
+    assert "--lease-ttl" in said
+
+
 # ---- harm while it runs ---------------------------------------------------------------------------------------------
 
 

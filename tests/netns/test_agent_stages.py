@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.needs("root", "netns", "tun", "iptables")
-FILES = ["run", "run/agent.lock", "state", "state/state.json", "subnet.env"]
+FILES = ["run", "run/agent.lock", "state", "state/known.json", "state/state.json", "subnet.env"]
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,12 @@ class EtcdGrpcStore:
 
     # for GrpcWatch
 
+    def revision(self, key: str) -> int:
+        """The registry's revision now, read through consensus."""
+        request = pb.RangeRequest(key=key.encode(), limit=1)
+        answer, _ = self._ask(lambda member: member.kv.Range, request, self._deadline(), f"read {key}")
+        return answer.header.revision
+
     def first(self) -> int:
         """The index of the endpoint to ask next."""
         return self._turn
@@ -739,6 +745,13 @@ class GrpcWatch:
         self._reasons.clear()
         self._back_off = 0.0
         self._stale = None
+        behind = response.created and response.header.revision < self._last
+        if behind and self._store.revision(self._prefix) < self._last:
+            # Not a member that lags, but an etcd that lost its data: it would be silent until it has caught up.
+            self._ready.append(Compacted(response.header.revision))
+            self._over = True
+            self._drop()
+            return
         seen = self._last
         for event in response.events:
             revision = event.kv.mod_revision

@@ -12,6 +12,8 @@ import re
 import signal
 import socket
 import threading
+import time
+from base64 import b64encode
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
@@ -182,9 +184,13 @@ class House:
         self.monitor_stopped = threading.Event()
         self.monitor: Callable[[], object] = self.monitor_stopped.wait
         self.store = self.registry.another()
+        self.options(watchdog=watchdog, patient=patient, healthz=healthz)
+
+    def options(self, *, watchdog: float = 0.0, **more) -> None:
         self.agent = Agent(
-            Options(PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0,
-                patient, healthz),
+            Options(
+                PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0, **more
+            ),
             store=self.store,
             dialect=Dialect.V0_28,
             look=self.look,  # type: ignore[arg-type]
@@ -409,6 +415,7 @@ def test_the_state_of_another_network_is_no_memory_of_this_one(house):
     ],
 )
 def test_a_memory_that_cannot_be_read_is_said_and_the_agent_starts(house, place, content, words):
+    """flannel.md 11, row 1: what a power cut may leave."""
     path = house.folder / place
     path.parent.mkdir()
     path.write_bytes(content)
@@ -417,10 +424,28 @@ def test_a_memory_that_cannot_be_read_is_said_and_the_agent_starts(house, place,
     assert len(house.ours()) == 1
 
 
+def test_a_state_file_that_cannot_be_read_is_made_anew_from_subnet_env_and_the_registry(house):
+    house.live_until_ready()
+    (had,) = house.ours()
+    path = house.folder / "state" / "state.json"
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"\0" * len(whole), b""):
+        path.write_bytes(damage)
+        house.registry.delete(had)  # subnet.env alone remembers it
+        house.renew()
+        house.live_until_ready()
+        assert house.ours() == [had]
+        assert "cannot be understood" in house.log()
+        remembered = state_file.load(house.folder / "state")
+        assert remembered is not None
+        assert f"{SUBNETS}{remembered.subnet}".replace("/24", "-24") == had
+
+
 # ---- waiting for the registry ---------------------------------------------------------------------------------------
 
 
 def test_without_a_config_it_waits_says_for_what_and_a_stop_ends_that_at_once(empty_house):
+    """flannel.md 11, row 20: `Key not found` each second, until systemd loses patience."""
     house = empty_house
     with systemd() as heard:
         house.live(lambda: house.said("waiting: "))
@@ -486,6 +511,7 @@ def test_a_config_that_cannot_be_understood_ends_it_at_once(empty_house):
 
 
 def test_a_burst_of_events_is_one_apply(house):
+    """flannel.md 11, row 32."""
     house.backend.pause.clear()
 
     def script():
@@ -529,7 +555,7 @@ def test_peers_that_come_go_and_move_are_said_and_applied(house):
         house.said("peer added subnet=172.17.9.0/24 public-ip=192.168.66.77")
         house.said("peer removed subnet=172.17.9.0/24 public-ip=192.168.66.109")
         house.registry.delete(key)
-        until(lambda: house.backend.applied[-1] == ())
+        until(lambda: (house.clock.advance(1), house.backend.applied[-1] == ())[1])
 
     house.live(script)
 
@@ -540,7 +566,7 @@ def test_an_expired_peer_goes_without_a_word_from_it(house):
     def script():
         house.ready()
         house.clock.advance(31)
-        until(lambda: house.backend.applied[-1] == ())
+        until(lambda: (house.clock.advance(1), house.backend.applied[-1] == ())[1])
 
     house.live(script)
 
@@ -604,14 +630,395 @@ def test_an_outage_later_is_said_and_its_end_too(house):
     def script():
         house.ready()
         until(lambda: house.clock.waiting)
-        house.store.fail("refresh", AWAY, times=1)
+        house.store.fail("refresh", AWAY, times=2)  # the keeper's and the announcer's
         house.clock.advance(86400 / 3 * 1.2)
         house.said("registry: no answer; packets go on flowing")
+        house.said("cannot announce this host: no answer")
         until(lambda: house.clock.waiting)
         house.clock.advance(5)
         house.said("registry answers again")
 
     house.live(script)
+
+
+ANNOUNCED = f"{PREFIX}/flanctl/hosts/{OWN_IP}"
+
+
+def test_a_lost_lease_takes_our_announcement_with_it(house):
+    """flannel.md 11, row 7: there, both hosts keep the subnet and the key flips between them."""
+
+    def script():
+        house.ready()
+        until(lambda: house.registry.get(ANNOUNCED))
+        (key,) = house.ours()
+        entry = house.registry.get(key)
+        house.registry.replace(key, b'{"PublicIP":"192.168.66.99"}', ttl=86400, expected=entry.revision)
+        until(lambda: house.agent.phase is Phase.STOPPED)
+
+    with pytest.raises(LeaseLost):
+        house.live(script)
+    assert house.registry.get(ANNOUNCED) is None
+    loud = [line for line in house.log().splitlines() if " error " in line]
+    assert len(loud) == 1
+    assert "lease lost: lease 172.17." in loud[0]
+    assert "192.168.66.99" in loud[0]
+    assert "stopping with 8" in loud[0]
+
+
+def test_a_lost_lease_leaves_another_machines_announcement_alone(house):
+    def script():
+        house.ready()
+        entry = until(lambda: house.registry.get(ANNOUNCED))
+        house.registry.replace(ANNOUNCED, WORDS, ttl=86400, expected=entry.revision)
+        (key,) = house.ours()
+        entry = house.registry.get(key)
+        house.registry.replace(key, b'{"PublicIP":"192.168.66.99"}', ttl=86400, expected=entry.revision)
+        until(lambda: house.agent.phase is Phase.STOPPED)
+
+    with pytest.raises(LeaseLost):
+        house.live(script)
+    assert house.registry.get(ANNOUNCED).value == WORDS
+
+
+def test_a_deleted_key_is_the_same_subnet_again_within_a_second_of_the_real_clock(house):
+    """flannel.md 11, row 5: the watch sees it, nobody waits for the next renewal."""
+    took = []
+
+    def script():
+        house.ready()
+        until(lambda: house.agent._follower._known)
+        (key,) = house.ours()
+        began = time.monotonic()
+        house.registry.delete(key)
+        until(lambda: house.ours() == [key])
+        took.append(time.monotonic() - began)
+
+    house.live(script)
+    assert took[0] < 1.0
+    assert house.backend.applied == [()], "and no peer has lost a route"
+
+
+def test_who_deletes_our_key_in_a_loop_owns_no_cpu(house):
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        writes = len(house.store.calls)
+        for _ in range(20):
+            until(lambda: house.ours() or (house.clock.advance(5.1), None)[1])
+            house.registry.delete(key)
+        assert house.store.calls[writes:].count("create") <= 21
+
+    house.live(script)
+
+
+def test_the_lease_lives_as_long_as_the_operator_wants(house):
+    house.options(lease_ttl=600.0)
+
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        until(lambda: house.registry.get(ANNOUNCED))
+        assert house.registry.get(key).ttl == 600
+        assert house.registry.get(ANNOUNCED).ttl == 600
+        house.clock.advance(0.89 * 200)
+        assert "renewed" not in house.log()
+        house.clock.advance(0.22 * 200)
+        house.said("renewed")
+
+    house.live(script)
+
+
+def test_a_reservation_stays_one_through_start_restart_renewal_and_deletion(house):
+    """flannel.md 11, row 9."""
+    key = f"{SUBNETS}172.17.60.0-24"
+    house.registry.create(key, b'{"PublicIP":"192.168.66.11","PublicIPv6":null}', ttl=None)
+    house.live_until_ready()
+    house.renew()
+
+    def script():
+        house.ready()
+        assert house.ours() == [key]
+        house.clock.advance(86400)
+        house.said("renewed ttl=never-ends")
+        house.registry.delete(key)
+        until(lambda: house.ours() == [key])
+        assert house.registry.get(key).ttl is None
+
+    house.live(script)
+
+
+def test_an_outage_longer_than_the_lease_stops_no_packet_and_is_said(house):
+    """flannel.md 11, row 3. Decision 10: the registry alone says whose the subnet is, and it is silent."""
+
+    house.peer(9)
+
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        until(lambda: house.registry.get(ANNOUNCED))
+        until(lambda: house.clock.waiting >= 3)
+        house.store.fail("*", AWAY, times=100_000)
+        house.store.fail("event", AWAY, times=100_000)
+        until(lambda: (house.clock.advance(3600), "our lease has ended, as far as we know" in house.log())[1])
+        assert house.agent.phase is Phase.READY
+        assert set(house.backend.applied) == {("172.17.9.0/24",)}
+        assert house.ours() == []
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), house.ours() == [key])[1])
+
+    house.live(script)
+    assert house.log().count("our lease has ended") <= 30
+
+
+def test_a_subnet_taken_during_an_outage_is_a_lost_lease_once_the_registry_answers(house):
+    """flannel.md 11, row 29: a machine asleep for longer than its lease; nobody ends up with its subnet too."""
+
+    def script():
+        house.ready()
+        (key,) = house.ours()
+        until(lambda: house.registry.get(ANNOUNCED))
+        house.store.fail("*", AWAY, times=100_000)
+        house.store.fail("event", AWAY, times=100_000)
+        house.clock.advance(86401)
+        until(lambda: house.ours() == [])
+        house.registry.create(key, b'{"PublicIP":"192.168.66.99"}', ttl=86400)
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), house.agent.phase is Phase.STOPPED)[1])
+
+    with pytest.raises(LeaseLost, match=r"192\.168\.66\.99"):
+        house.live(script)
+
+
+# ---- started while the registry is silent ---------------------------------------------------------------------------
+
+
+def ran_with_a_peer(house) -> str:
+    """An agent has run and known one peer; its successor finds no registry. The key of our lease."""
+    house.peer(9)
+
+    def script():
+        house.ready()
+        until(lambda: house.backend.applied[-1] == ("172.17.9.0/24",))
+
+    house.live(script)
+    house.renew()
+    house.store.fail("*", AWAY, times=100_000)
+    (key,) = house.ours()
+    return key
+
+
+def test_a_restart_during_an_outage_carries_packets_at_once_in_the_same_subnet(house):
+    """flannel.md 11, row 3: an agent started while etcd is down does not wait for it."""
+    key = ran_with_a_peer(house)
+
+    def script():
+        house.ready()
+        assert set(house.backend.applied) == {("172.17.9.0/24",)}
+        assert house.subnet_file.exists()
+        until(lambda: problem_ids(house) == ["registry-unreachable"])
+        until(lambda: told(house)["state"] == "ready")
+        shown = told(house)
+        assert (shown["peers"]["count"], shown["lease"]["renewed"]) == (1, None)
+        assert 86000 <= shown["lease"]["seconds_left"] <= 86400
+        assert answers(house, "/readyz") == (200, "ready\n")
+        house.peer(10)
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), "172.17.10.0/24" in house.backend.applied[-1])[1])
+        until(lambda: (house.clock.advance(5), "renewed" in house.log())[1])
+        until(lambda: told(house)["lease"]["renewed"] is not None)
+
+    house.live(script)
+    assert "going on with what we knew last: 172.17." in house.log()
+    assert house.ours() == [key]
+    assert house.registry.get(key).lease is not None
+
+
+def test_a_restart_during_an_outage_gives_way_when_the_registry_names_another_host(house):
+    key = ran_with_a_peer(house)
+
+    def script():
+        house.ready()
+        entry = house.registry.get(key)
+        house.registry.replace(key, b'{"PublicIP":"192.168.66.99"}', ttl=86400, expected=entry.revision)
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), house.agent.phase is Phase.STOPPED)[1])
+
+    with pytest.raises(LeaseLost):
+        house.live(script)
+    assert not (house.folder / "state" / "known.json").exists(), "its successor shall not go on with it"
+
+
+def test_a_restart_after_data_loss_puts_the_lease_back_and_says_that_the_config_is_gone(house):
+    key = ran_with_a_peer(house)
+    for entry in house.registry.list(PREFIX).entries:
+        house.registry.delete(entry.key)
+
+    def script():
+        house.ready()
+        house.store._failures.clear()
+        until(lambda: (house.clock.advance(5), house.ours() == [key])[1])
+        until(lambda: "no-config" in problem_ids(house))
+
+    house.live(script)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda known: known | {"ends": 1.0}, "waiting: no answer"),
+        (lambda known: known | {"prefix": "/other"}, "waiting: no answer"),
+        (lambda known: known | {"format": 2}, "known.json cannot be understood"),
+        (lambda known: known | {"peers": [["172.17.1.0/24"]]}, "known.json cannot be understood"),
+        (lambda known: known | {"lease": [known["lease"][0], "e30=", 1, "1"]}, "waiting: no answer"),
+        (
+            lambda known: (
+                known | {"lease": [known["lease"][0], b64encode(b'{"PublicIP":"1.2.3.4"}').decode(), 1, "1"]}
+            ),
+            "waiting: no answer",  # this host has another address now
+        ),
+        (lambda known: known | {"config": "e30="}, "Network"),
+        (lambda known: [], "known.json cannot be understood"),
+    ],
+)
+def test_what_was_known_and_does_not_hold_is_not_gone_on_with(house, change, said):
+    ran_with_a_peer(house)
+    path = house.folder / "state" / "known.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    def script():
+        house.said(said)
+        house.said("waiting: no answer")
+        assert house.backend.applied == []
+        assert "start" not in house.steps
+
+    house.live(script)
+
+
+def test_what_was_known_is_not_used_when_the_registry_answers(house):
+    ran_with_a_peer(house)
+    house.store._failures.clear()
+    house.live_until_ready()
+    assert "going on with" not in house.log()
+
+
+# ---- what is wrong in the registry ----------------------------------------------------------------------------------
+
+WORDS = b'{"data_path":"userspace","host":"node7","instance":"7777777777","run":"another","version":"0.1.0"}'
+
+
+def noted(house) -> list[str]:
+    return [problem.id for problem in house.agent.problems]
+
+
+def test_another_machine_with_our_address_is_named_beside_us(house):
+    """flannel.md 11, row 10: cloned machines. Both parties, in log and status, and its end too."""
+
+    def script():
+        house.ready()
+        entry = until(lambda: house.registry.get(ANNOUNCED))
+        until(lambda: house.agent._follower._listed)
+        until(lambda: house.clock.waiting >= 2)
+        house.registry.replace(ANNOUNCED, WORDS, ttl=86400, expected=entry.revision)
+        house.said("another machine announces our address: host node7 (instance 77777777")
+        assert f"beside this one, {os.uname().nodename} (instance" in house.log()
+        assert noted(house) == ["clone"]
+        until(lambda: problem_ids(house) == ["clone"])
+        assert "host node7 (instance 77777777" in told(house)["problems"][0]["message"]
+        assert told(house)["verdict"] == "degraded"
+        # Ten minutes later we write our words again; the other is heard of once more only if it is still there.
+        until(lambda: (house.clock.advance(600), house.registry.get(ANNOUNCED).value != WORDS)[1])
+        until(lambda: (house.clock.advance(600), noted(house) == [])[1])
+
+    house.live(script)
+    assert "over: another machine" in house.log()
+
+
+def test_what_this_host_announced_before_a_restart_is_no_other_machine(house):
+    house.live_until_ready()
+    house.renew()
+
+    def script():
+        house.ready()
+        until(lambda: house.agent._peers is not None and house.registry.get(ANNOUNCED))
+        until(lambda: house.store.calls.count("replace") or house.store.calls.count("refresh") >= 2)
+
+    house.live(script)
+    assert "another machine" not in house.log()
+
+
+def test_a_changed_config_is_told_with_what_changed_and_what_it_means_for_us(house):
+    """flannel.md 11, row 25."""
+
+    def script():
+        house.ready()
+        until(lambda: house.agent._follower._listed)
+        entry = house.registry.get(f"{PREFIX}/config")
+        entry = house.registry.replace(
+            entry.key, b'{"Network":"172.17.0.0/16" }', ttl=None, expected=entry.revision
+        )
+        entry = house.registry.replace(
+            entry.key, b'{"Network":"10.0.0.0/8"}', ttl=None, expected=entry.revision
+        )
+        house.said(f"was changed at revision {entry.revision}: Network 172.17.0.0/16 -> 10.0.0.0/8")
+        house.said("has no place in the new one")
+        assert noted(house) == ["config-changed"]
+        entry = house.registry.replace(entry.key, b'{"Network":', ttl=None, expected=entry.revision)
+        until(lambda: noted(house) == ["config-invalid"])
+        house.registry.delete(entry.key)
+        until(lambda: problem_ids(house) == ["no-config"])
+        assert told(house)["registry"]["answers"] is True
+        assert answers(house, "/readyz")[0] == 200
+        house.configure()
+        until(lambda: noted(house) == [])
+
+    house.live(script)
+    assert house.log().count("id=config-changed") == 2, "once when it came, once when it went"
+    assert house.agent.phase is Phase.STOPPED
+
+
+def test_leases_that_cannot_be_right_are_named_with_both_parties_and_again_when_they_come_again(house):
+    def script():
+        house.ready()
+        first = house.peer(88, b'{"PublicIP":"10.0.2.15"}')
+        house.peer(89, b'{"PublicIP":"10.0.2.15"}')
+        house.said("172.17.88.0/24 and 172.17.89.0/24 both name 10.0.2.15")
+        assert noted(house) == ["duplicate-ip"] * 2
+        house.registry.delete(first)
+        until(lambda: (house.clock.advance(1), noted(house) == [])[1])
+        house.peer(88, b'{"PublicIP":"10.0.2.15"}')
+        until(lambda: house.log().count("warn  172.17.88.0/24 and 172.17.89.0/24 both name") == 2)
+
+    house.live(script)
+
+
+def test_a_thousand_bad_keys_are_a_few_lines_and_a_count(house):
+    """flannel.md 11, row 4: one of them takes flannel's whole cluster down."""
+    for number in range(1000):
+        house.registry.create(f"{SUBNETS}nonsense-{number}" + "x" * 5000, b"{}", ttl=None)
+
+    def script():
+        house.peer(20)
+        house.ready()
+        until(lambda: house.backend.applied[-1] == ("172.17.20.0/24",))
+
+    house.live(script)
+    assert len(house.agent.problems) == 1000
+    assert house.log().count("skipped unreadable key") == 10
+    assert "990 more of the kind" in house.log()
+    assert max(map(len, house.log().splitlines())) < 1000
+
+
+def test_a_state_directory_that_cannot_be_written_stops_no_packet(house):
+    """A full disk: etcd and subnet.env remember our subnet too."""
+    (house.folder / "state" / "state.json").mkdir(parents=True)  # a file cannot be put in its place
+
+    def script():
+        house.ready()
+        until(lambda: problem_ids(house) == ["bad-state"])
+        until(lambda: told(house)["verdict"] == "ready", what="ready: it is a warning")
+
+    house.live(script)
+    assert "is not remembered over a reboot" in house.log()
 
 
 # ---- what else may happen -------------------------------------------------------------------------------------------

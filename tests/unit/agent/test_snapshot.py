@@ -82,6 +82,15 @@ def test_a_lease_that_is_not_renewed_shows_by_a_third_and_at_its_end(seconds, ex
     assert bool(not_ready(fresh, now)) == ("lease-missing" in expected)
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(86_000, []), (86_401, ["lease-missing"])])
+def test_a_lease_gone_on_with_in_an_outage_has_an_end_though_nobody_knows_its_length(seconds, expected):
+    now = Now(1000.0 + seconds, 0.0)
+    known = HeldLease(SUBNET, ends=87400.0, ttl=None, renewed=None, revision=12)
+    resumed = replace(READY, lease=known, turned=now.boot, watched=now.boot)
+    assert ids(resumed, now) == expected
+    assert document(resumed, {}, now)["lease"]["renewed_seconds_ago"] is None
+
+
 def test_a_reservation_never_ends():
     now = Now(10.0**7, 0.0)
     reserved = replace(
@@ -107,6 +116,8 @@ def test_a_silent_watch_is_shown_unless_its_cause_is():
     assert ids(silent, now) == ["watch-old"]
     away = replace(silent, found=(Problem("registry-unreachable", "nobody", 1010.0),))
     assert ids(away, now) == ["registry-unreachable"]
+    gone = replace(silent, found=(Problem("no-config", "nothing there", 1010.0),))
+    assert ids(gone, now) == ["no-config", "watch-old"]
 
 
 def test_a_registry_that_is_away_is_degraded_but_packets_flow():

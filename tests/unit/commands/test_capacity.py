@@ -119,7 +119,8 @@ def test_nonsense_is_a_usage_error(run, least):
 
 
 def test_a_full_network_says_so(run, store):
-    store.create(f"{PREFIX}/subnets/172.16.0.0-15", b'{"PublicIP":"192.168.6.2"}', ttl=60)
+    for half in ("172.17.0.0-17", "172.17.128.0-17"):
+        store.create(f"{PREFIX}/subnets/{half}", b'{"PublicIP":"192.168.6.2"}', ttl=60)
     answer = run("--min-free", "1", "-w", "json")
     document = json.loads(answer.out)
     assert (document["free"], document["leased"], document["this_host"]["subnet"]) == (0, 255, None)

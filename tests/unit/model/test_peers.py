@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from ipaddress import IPv4Address, IPv4Network
 
 from hypothesis import given
@@ -11,6 +13,7 @@ from flanctl.model.dialect import Dialect
 from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.network_config import NetworkConfig
 from flanctl.model.peers import Peer, Problem, lease_problems, peers_of
+from flanctl.model.subnet_pool import SubnetPool
 
 CONFIG = NetworkConfig.parse('{"Network":"172.17.0.0/16","SubnetMin":"172.17.10.0"}', Dialect.V0_28)
 OWN = IPv4Network("172.17.41.0/24")
@@ -115,9 +118,17 @@ def test_a_lease_inside_our_own_subnet_does_not_steal_our_containers() -> None:
 
 
 def test_overlapping_leases_are_routed_by_the_longer_prefix_and_told() -> None:
-    peers, problems = look(lease("172.17.40.0/22", "192.168.6.5"), lease("172.17.42.0/24", "192.168.6.6"))
+    leases = lease("172.17.40.0/22", "192.168.6.5"), lease("172.17.42.0/24", "192.168.6.6")
+    peers, problems = look(*leases, own=IPv4Network("172.17.99.0/24"))
     assert subnets(peers) == ["172.17.40.0/22", "172.17.42.0/24"]
-    assert ids(problems) == [("overlap", "172.17.40.0/22"), ("overlap", "172.17.42.0/24")]
+    assert ids(problems) == [
+        ("outside-network", "172.17.40.0/22"),  # not /24
+        ("overlap", "172.17.40.0/22"),
+        ("overlap", "172.17.42.0/24"),
+    ]
+    assert problems[1].message == (
+        "172.17.40.0/22 of 192.168.6.5 overlaps 172.17.42.0/24 of 192.168.6.6: the longer prefix wins"
+    )
 
 
 def test_of_two_keys_for_one_subnet_the_one_flannel_writes_counts() -> None:
@@ -126,13 +137,34 @@ def test_of_two_keys_for_one_subnet_the_one_flannel_writes_counts() -> None:
     )
     assert [str(peer.public_ip) for peer in peers] == ["192.168.6.5"]
     assert ids(problems) == [("overlap", "172.17.50.0/24")]
-    assert "172.17.50.0-024" in problems[0].message
+    for party in ("172.17.50.0-024", "172.17.50.0-24", "192.168.6.5", "192.168.6.6"):
+        assert party in problems[0].message
 
 
 def test_two_subnets_of_one_host_are_both_routed_and_told() -> None:
     peers, problems = look(lease("172.17.88.0/24", "10.0.2.15"), lease("172.17.89.0/24", "10.0.2.15"))
     assert subnets(peers) == ["172.17.88.0/24", "172.17.89.0/24"]
     assert ids(problems) == [("duplicate-ip", "172.17.88.0/24"), ("duplicate-ip", "172.17.89.0/24")]
+    for problem in problems:
+        assert "172.17.88.0/24" in problem.message
+        assert "172.17.89.0/24" in problem.message
+        assert "10.0.2.15" in problem.message
+
+
+def test_what_overlaps_our_own_subnet_is_told_with_both_parties() -> None:
+    """flannel.md 11, row 7: two hosts on one subnet, also with keys of different length."""
+    _, problems = look(lease("172.17.40.0/22", "192.168.6.5"))
+    assert problems[-1].message == (
+        "172.17.40.0/22 of 192.168.6.5 overlaps 172.17.41.0/24 of 192.168.6.2: the longer prefix wins"
+    )
+
+
+def test_a_lease_of_another_length_is_told_and_routed() -> None:
+    """flannel.md 11, row 25: what is left of an earlier config."""
+    peers, problems = look(lease("172.17.1.0/24", "192.168.6.5"))
+    assert subnets(peers) == ["172.17.1.0/24"]
+    assert ids(problems) == [("outside-network", "172.17.1.0/24")]
+    assert "172.17.1.0/24 of 192.168.6.5" in problems[0].message
 
 
 def test_lease_problems_names_every_lease_and_what_is_wrong_with_it() -> None:
@@ -153,6 +185,28 @@ def test_lease_problems_names_every_lease_and_what_is_wrong_with_it() -> None:
         "172.17.88.0/24": ("duplicate-ip",),
         "172.17.89.0/24": ("duplicate-ip",),
     }
+
+
+def test_what_is_made_of_the_leases_grows_with_their_number_and_not_with_its_square() -> None:
+    """flannel.md 11, row 32. Eight times the leases: about nine times the time, sixty-four if it were quadratic."""
+    config = NetworkConfig.parse('{"Network":"10.0.0.0/8"}', Dialect.V0_28)
+
+    def seconds(count: int) -> float:
+        leases = [
+            lease(str(config.subnet_at(n)), str(IPv4Address("172.16.0.0") + n % (count - count // 10)))
+            for n in range(count)
+        ]
+        best = math.inf
+        for _ in range(5):
+            began = time.thread_time()
+            peers_of(leases, own=None, own_ip=OWN_IP, config=config, backend_type="udp")
+            lease_problems(leases, config)
+            pool = SubnetPool(config, OWN_IP)
+            assert next(pool.candidates([one.subnet for one in leases])) not in leases
+            best = min(best, time.thread_time() - began)
+        return best
+
+    assert seconds(4000) < 30 * seconds(500)
 
 
 SUBNETS = st.builds(

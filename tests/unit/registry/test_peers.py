@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
-from ipaddress import IPv4Network
 
 import pytest
 
 from flanctl.errors import RegistryUnreachable
 from flanctl.model.dialect import Dialect
 from flanctl.registry.leases import Leases, RegistryBack, RegistryTrouble
-from flanctl.registry.peers import Follower, PeersChanged
+from flanctl.registry.peers import ConfigSeen, Follower, PeersChanged, RegistryDoubted
 from flanctl.registry.stores import memory
 from flanctl.registry.stores.memory import MemoryStore
+from flanctl.registry.stores.store import Progress
 from tests.support.clock import FakeClock
 from tests.support.deadline import until
 
@@ -24,10 +25,10 @@ AWAY = RegistryUnreachable("no answer")
 class Followed:
     """A follower in a thread."""
 
-    def __init__(self, store, clock):
+    def __init__(self, store, clock, **more):
         self.inbox = queue.SimpleQueue()
         self.follower = Follower(
-            Leases(store, PREFIX, Dialect.V0_28, clock), self.inbox.put, relist_seconds=600
+            Leases(store, PREFIX, Dialect.V0_28, clock), self.inbox.put, relist_seconds=600, **more
         )
         self.thread = threading.Thread(target=self.follower.run)
         self.thread.start()
@@ -102,13 +103,13 @@ def test_new_moved_and_removed_hosts_are_seen(store, follow, clock):
     one.next(PeersChanged)
     assert str(one.follower.table().leases[0].attributes.public_ip) == "192.168.6.9"
     clock.advance(61)
-    until(lambda: one.subnets() == [])
+    until(lambda: (clock.advance(1.0), one.subnets() == [])[1])
 
 
 def test_a_renewal_is_no_change(store, follow):
     entry = put(store, 1)
     one = follow()
-    one.next(PeersChanged)
+    one.next(ConfigSeen)  # the last word of the first list
     one.follower.table()
     store.replace(entry.key, entry.value, ttl=86400, expected=entry.revision)
     put(store, 2)
@@ -169,39 +170,201 @@ def test_an_outage_is_told_and_what_was_missed_is_found(store, clock):
         one.stop()
 
 
+def test_an_event_the_watch_never_told_is_found_by_the_next_list(store, clock):
+    """flannel.md 11, row 2: there, a route that was missed once is missing until somebody looks."""
+    client = store.another()
+    one = Followed(client, clock)
+    try:
+        one.next(ConfigSeen)
+        one.follower.table()
+        hidden = put(store, 1)
+        one.next(PeersChanged)
+        with one.follower._lock:
+            del one.follower._known[hidden.key]  # as if it had not been told
+        assert one.subnets() == []
+        until(lambda: (clock.advance(60.0), one.subnets() == ["172.17.1.0/24"])[1])
+    finally:
+        one.stop()
+
+
 def test_the_list_is_read_again_after_ten_minutes(store, follow, clock):
     one = follow()
     one.next(PeersChanged)
     until(lambda: (clock.advance(700.0), one.follower._leases.store.calls.count("list") >= 2)[1], seconds=15)
 
 
-def test_everybody_gone_at_once_is_asked_twice(store, clock):
-    """A server that lost its data answers with an empty list once; believing it would withdraw every route."""
+class Swapped:
+    """A client whose server is exchanged under its hands for another one, with other data."""
 
-    class Forgetful:
-        def __init__(self, real):
-            self._real, self.lists = real, 0
+    def __init__(self, real):
+        self.real = real
 
-        def __getattr__(self, name):
-            return getattr(self._real, name)
+    def __getattr__(self, name):
+        return getattr(self.real, name)
 
-        def list(self, prefix, *, at=None):
-            self.lists += 1
-            return self._real.list("nowhere" if self.lists == 2 else prefix, at=at)
 
-    put(store, 1)
-    forgetful = Forgetful(store.another())
-    one = Followed(forgetful, clock)
+def emptied(store, clock, *, own="172.17.1.0-24", revision=1, config=False):
+    """A follower that knows three leases and a config, and now gets an empty list, of a server at `revision`."""
+    store.create(f"{PREFIX}/config", b"{}", ttl=None)
+    for third in (1, 2, 3):
+        put(store, third, address=third)
+    swapped = Swapped(store.another())
+    one = Followed(swapped, clock, own=f"{PREFIX}/subnets/{own}")
+    one.next(ConfigSeen)
+    other = MemoryStore(clock)
+    if config:
+        other.create(f"{PREFIX}/config", b"{}", ttl=None)
+    while other._data.revision < revision:
+        other.delete(other.create("/elsewhere", b"", ttl=None).key)
+    swapped.real = other
+    store.compact()
+    put(store, 4, address=4)  # its old watch ends with Compacted, and it lists again
+    store.compact()
+    return one, other
+
+
+ALL = ["172.17.1.0/24", "172.17.2.0/24", "172.17.3.0/24"]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"config": True}, r"its revision went back from \d+ to \d"),
+        ({"revision": 50}, "/jxdd/network/config is gone too"),
+        ({"revision": 50, "config": True}, "our own lease is missing too"),
+    ],
+)
+def test_an_empty_answer_after_a_full_one_is_doubted_and_routes_stay(store, clock, given, why):
+    """flannel.md 11, row 3: the registry may be the one that forgot, not the hosts that left."""
+    one, _ = emptied(store, clock, **given)
     try:
-        one.next(PeersChanged)
-        store.compact()
-        put(store, 2)
-        store.compact()
-        until(lambda: forgetful.lists >= 3)
-        until(lambda: "172.17.1.0/24" in one.subnets())
-        assert one.follower.table().leases[0].subnet == IPv4Network("172.17.1.0/24")
+        doubted = one.next(RegistryDoubted)
+        assert re.match(why, doubted.why)
+        assert doubted.missing >= 3
+        assert one.subnets()[:3] == ALL
+        assert [str(lease.subnet) for lease in one.follower.table().kept][:3] == ALL
+        for _ in range(20):  # and nine minutes later
+            clock.advance(27.0)
+            assert one.subnets()[:3] == ALL
     finally:
         one.stop()
+
+
+def test_an_empty_answer_of_a_registry_that_is_whole_is_believed(store, clock):
+    """Revision not lower, config there, our own lease none of it: the others did leave while we were not watching."""
+    one, _ = emptied(store, clock, own="172.17.99.0-24", revision=50, config=True)
+    try:
+        until(lambda: (clock.advance(0.5), one.subnets() == [])[1])
+        assert one.inbox.empty() or not isinstance(one.inbox.get(), RegistryDoubted)
+    finally:
+        one.stop()
+
+
+def test_doubt_ends_when_hosts_have_written_their_keys_again_and_the_rest_is_forgotten(store, clock):
+    one, other = emptied(store, clock)
+    try:
+        one.next(RegistryDoubted)
+        put(other, 1, address=1)
+        put(other, 9, address=2)  # the second host came back with another subnet
+        until(
+            lambda: (
+                clock.advance(30.0),
+                one.subnets()[:3] == ["172.17.1.0/24", "172.17.3.0/24", "172.17.9.0/24"],
+            )[1]
+        )
+        lists = one.follower._leases.store.calls.count("list")
+        until(
+            lambda: (clock.advance(30.0), one.follower._leases.store.calls.count("list") > lists + 25)[1],
+            seconds=20,
+        )
+        assert "172.17.3.0/24" in one.subnets(), "a registry without a config is not whole yet"
+        other.create(f"{PREFIX}/config", b"{}", ttl=None)
+        until(
+            lambda: (clock.advance(30.0), one.subnets() == ["172.17.1.0/24", "172.17.9.0/24"])[1], seconds=20
+        )
+        assert one.next(RegistryDoubted).why is None
+    finally:
+        one.stop()
+
+
+def test_a_deleted_lease_is_routed_to_for_two_seconds_unless_another_host_has_its_subnet(
+    store, follow, clock
+):
+    entry = put(store, 1, address=1)
+    second = put(store, 2, address=2)
+    one = follow()
+    one.next(ConfigSeen)
+    one.follower.table()
+    store.delete(entry.key)
+    one.next(PeersChanged)
+    table = one.follower.table()
+    assert [str(lease.subnet) for lease in table.kept] == ["172.17.1.0/24"]
+    assert len(table.leases) == 2
+    put(store, 1, address=9)
+    one.next(PeersChanged)
+    table = one.follower.table()
+    assert (table.kept, str(table.leases[0].attributes.public_ip)) == ((), "192.168.6.9")
+    store.delete(second.key)
+    one.next(PeersChanged)
+    assert len(one.subnets()) == 2
+    clock.advance(1.9)
+    assert len(one.subnets()) == 2
+    clock.advance(0.2)
+    one.next(PeersChanged)
+    assert one.subnets() == ["172.17.1.0/24"]
+
+
+def test_a_host_that_moves_to_another_subnet_is_not_kept_in_the_old_one(store, follow):
+    entry = put(store, 1, address=1)
+    one = follow()
+    one.next(ConfigSeen)
+    store.delete(entry.key)
+    put(store, 7, address=1)
+    until(lambda: one.subnets() == ["172.17.7.0/24"])
+
+
+def test_the_config_and_announcements_are_told(store, clock):
+    heard = []
+    one = Followed(store.another(), clock, also=heard.append)
+    try:
+        assert one.next(ConfigSeen).entry is None
+        entry = store.create(f"{PREFIX}/config", b"{}", ttl=None)
+        assert one.next(ConfigSeen).entry == entry
+        store.create(f"{PREFIX}/flanctl/hosts/192.168.6.9", b"{}", ttl=60)
+        until(lambda: [event.entry.key for event in heard] == [f"{PREFIX}/flanctl/hosts/192.168.6.9"])
+        store.delete(entry.key)
+        assert one.next(ConfigSeen).entry is None
+    finally:
+        one.stop()
+
+
+def test_a_watch_that_speaks_of_an_older_revision_is_left_for_a_new_list(store, clock):
+    """A server that lost its data would otherwise have us wait for a revision it reaches in a year."""
+    client = store.another()
+    put(store, 1)
+    asked = []
+    watch = client.watch
+
+    def behind(prefix, *, after):
+        asked.append(after)
+        return watch(prefix, after=after) if len(asked) > 1 else Behind()
+
+    client.watch = behind
+    one = Followed(client, clock)
+    try:
+        until(lambda: len(asked) == 2)
+    finally:
+        one.stop()
+
+
+class Behind:
+    """A watch of a server whose history has just begun."""
+
+    def __enter__(self):
+        return iter([Progress(1)])
+
+    def __exit__(self, *_):
+        pass
 
 
 def test_the_list_is_read_again_even_behind_a_watch_that_never_says_a_word(store, follow, clock, monkeypatch):
@@ -257,7 +420,7 @@ def test_a_server_that_lists_but_cannot_watch_is_asked_ever_less_and_is_not_back
     reports = []
     while not one.inbox.empty():
         reports.append(type(one.inbox.get()))
-    assert set(reports) == {PeersChanged, RegistryTrouble}
+    assert set(reports) == {PeersChanged, ConfigSeen, RegistryTrouble}
 
 
 def test_a_stop_between_opening_the_watch_and_waiting_for_it_is_not_missed(store, clock, monkeypatch):

@@ -416,7 +416,11 @@ class TestWatch:
 
         etcd.script["Watch"] = [
             breaks,
-            [CREATED, told(event(9, deleted=True), event(10, key=b"/a/\xff")), told(event(11))],
+            [
+                pb.WatchResponse(created=True, header=pb.ResponseHeader(revision=11)),
+                told(event(9, deleted=True), event(10, key=b"/a/\xff")),
+                told(event(11)),
+            ],
         ]
         with opened(etcd.endpoint) as store, store.watch("/a/", after=7) as watch:
             events = [next(watch) for _ in range(4)]
