@@ -47,6 +47,13 @@ def run(argv: Sequence[str]) -> int:
     if list(argv[1:]) == ["version"]:
         # What scripts ask most, answered without an option parser, which would be most of its time.
         return _version()
+    if list(argv[1:3]) == ["subnets", "ls"]:
+        from flanctl import quick, streams
+
+        streams.speak_utf8()
+        code = quick.subnets_ls(argv[3:])
+        if code is not None:
+            return code
     from flanctl import cli
 
     return cli.main(argv[1:])
