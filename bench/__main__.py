@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import renew_table
+from bench.startup import FROZEN
 from flanctl.demo.hosts import Host, Lab
 from tests.support.agents import RunningAgent
 from tests.support.etcd import Cluster
@@ -40,6 +41,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=2, help="of each iperf3 run, after 1 s of warm-up")
     chosen = parser.parse_args()
+    # The agents are the frozen file's where there is one (`make freeze`), as operators run them.
+    if FROZEN.exists():
+        os.environ.setdefault("FLANCTL_EXE", str(FROZEN.absolute()))
     # As an installed program has it; an environment may keep Python from writing its bytecode.
     compileall.compile_dir("flanctl", quiet=1)
     folder = Path(tempfile.mkdtemp(prefix="flanctl-bench-"))
@@ -101,6 +105,7 @@ def measure(folder: Path, rounds: int, seconds: int) -> dict[str, object]:
             "kernel": platform.release(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
+            "agents": "frozen" if "FLANCTL_EXE" in os.environ else "venv",
             "rounds": rounds,
             "seconds": seconds,
             "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
