@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flanctl import streams
+from flanctl import __version__, streams, version_line
 from flanctl.commands.options import flags_of, output_options, registry_options, write_out
 from flanctl.complaint import complain, ended
 
@@ -111,6 +111,7 @@ subnets = _group(
     context_settings=SETTINGS,
     no_args_is_help=True,
 )
+@click.version_option(__version__, message=version_line())
 @registry_options
 @output_options
 def flanctl() -> None:

@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         from flanctl.compat import flanneld_start
 
         return flanneld_start.main(argv[1:])
-    if list(argv[1:]) == ["version"]:
+    if list(argv[1:]) in (["version"], ["--version"]):
         # What scripts ask most, answered without an option parser, which would be most of its time.
         return _version()
     if list(argv[1:3]) == ["subnets", "ls"]:
