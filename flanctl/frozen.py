@@ -86,6 +86,8 @@ class _Later:
         self.__dict__.update(known, __name__=name, __spec__=None, _then=then)
 
     def __getattr__(self, wanted: str) -> object:
+        if wanted == "__path__":
+            raise AttributeError(wanted)  # `from x import y` asks whether x is a package
         name = str(self.__dict__["__name__"])
         if sys.modules.get(name) is self:  # type: ignore[comparison-overlap]
             del sys.modules[name]
