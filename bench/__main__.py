@@ -23,8 +23,10 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bench.report import renew_table
+from bench.startup import FROZEN
 from flanctl.demo.hosts import Host, Lab
 from tests.support.agents import RunningAgent
 from tests.support.etcd import Cluster
@@ -39,6 +41,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=2, help="of each iperf3 run, after 1 s of warm-up")
     chosen = parser.parse_args()
+    # The agents are the frozen file's where there is one (`make freeze`), as operators run them.
+    if FROZEN.exists():
+        os.environ.setdefault("FLANCTL_EXE", str(FROZEN.absolute()))
     # As an installed program has it; an environment may keep Python from writing its bytecode.
     compileall.compile_dir("flanctl", quiet=1)
     folder = Path(tempfile.mkdtemp(prefix="flanctl-bench-"))
@@ -100,6 +105,7 @@ def measure(folder: Path, rounds: int, seconds: int) -> dict[str, object]:
             "kernel": platform.release(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
+            "agents": "frozen" if "FLANCTL_EXE" in os.environ else "venv",
             "rounds": rounds,
             "seconds": seconds,
             "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
@@ -107,7 +113,7 @@ def measure(folder: Path, rounds: int, seconds: int) -> dict[str, object]:
             "etcd": "3.4, one member",
         },
         "samples": {what: dict(by.items()) for what, by in samples.items()},
-        "processes_ms": processes,
+        "processes": processes,
         "agent": {"ready_seconds": ready, **idle},
     }
 
@@ -159,29 +165,11 @@ def round_trip(one: Host, source: object, target: object) -> float:
     return float(re.search(r"= [\d.]+/([\d.]+)/", said)[1])  # type: ignore[index]
 
 
-def start_up(host: Host, url: str, rounds: int) -> dict[str, list[float]]:
-    """Whole processes, in turn: the same question asked by etcdctl and by us, and commands that ask nobody."""
-    commands = {
-        "etcdctl get --prefix": [
-            "etcdctl",
-            f"--endpoints={url}",
-            "get",
-            "--prefix",
-            "/jxdd/network/subnets/",
-        ],
-        "flanctl subnets ls (venv)": [*FLANCTL, "subnets", "ls", "-w", "simple", "--endpoints", url],
-        "etcdctl version": ["etcdctl", "version"],
-        "flanctl version (venv)": [*FLANCTL, "version"],
-    }
-    env = dict(os.environ) | {"ETCDCTL_API": "3"}
-    times: dict[str, list[float]] = {}
-    for round_ in range(max(rounds, 10) + 1):
-        for name, command in commands.items():
-            began = time.monotonic()
-            host.run(command, env=env)
-            if round_:  # the first warms the page cache
-                times.setdefault(name, []).append((time.monotonic() - began) * 1000)
-    return times
+def start_up(host: Host, url: str, rounds: int) -> dict[str, Any]:
+    """Whole processes: bench/startup.py on the host."""
+    answer = host.run([sys.executable, "-m", "bench.startup", url, str(max(rounds, 15))], timeout=600)
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
 
 
 def started(host: Host, folder: Path, url: str) -> tuple[RunningAgent, float]:

@@ -20,7 +20,7 @@ def renew_table(result: dict[str, Any]) -> str:
 
 
 def render(result: dict[str, Any]) -> str:
-    samples, agent, times = result["samples"], result["agent"], result["processes_ms"]
+    samples, agent = result["samples"], result["agent"]
     conditions = result["conditions"]
     measured = (
         f"Measured {result['when']} on Linux {conditions['kernel']}, {conditions['cores']} cores shared by both hosts; "
@@ -42,26 +42,44 @@ def render(result: dict[str, Any]) -> str:
         cells = [_spread(by[name], digits, scale) for name in ("raw", "vxlan", "flanctl")]
         ratio = statistics.median(by["flanctl"]) / statistics.median(by["vxlan"])
         lines.append(f"| {words} | {' | '.join(cells)} | **{ratio:.2f}** |")
-    lines += ["", "| whole process, ms | flanctl (venv) | etcdctl | ratio |", "| --- | --- | --- | --- |"]
-    for ours, theirs, words in (
-        ("flanctl subnets ls (venv)", "etcdctl get --prefix", "list the leases"),
-        ("flanctl version (venv)", "etcdctl version", "version"),
-    ):
-        ratio = statistics.median(times[ours]) / statistics.median(times[theirs])
-        lines.append(
-            f"| {words} | {_spread(times[ours], 0, 1)} | {_spread(times[theirs], 0, 1)} | **{ratio:.1f}** |"
-        )
+    lines += ["", *_commands(result["processes"])]
     lines += [
         "",
         "| agent | |",
         "| --- | --- |",
         f"| exec to READY, seconds | {_spread(agent['ready_seconds'], 2, 1)} |",
         f"| idle CPU, percent of a core | {agent['idle_cpu_percent']:.2f} |",
-        f"| resident memory, MB (gRPC, venv) | {agent['resident_mb']:.0f} |",
+        f"| resident memory, MB (gRPC, {conditions['agents']}) | {agent['resident_mb']:.0f} |",
         f"| threads | {agent['threads']} |",
         "",
     ]
     return "\n".join(lines)
+
+
+def _commands(processes: dict[str, Any]) -> list[str]:
+    """Whole commands beside what they are compared with."""
+    wall, resident = processes["wall_ms"], processes["resident_mib"]
+    lines = [
+        "| whole process, ms | frozen | from the source tree | compared with | frozen / that | peak MiB, frozen |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for words, frozen, venv, other in (
+        ("version", "frozen version", "venv version", "etcdctl version"),
+        ("subnets ls", "frozen subnets ls", "venv subnets ls", "etcdctl get --prefix"),
+        ("docker-opts", "frozen docker-opts", "venv docker-opts", "shell script (dash)"),
+        ("mk-docker-opts.sh", "frozen mk-docker-opts.sh", "", "shell script (dash)"),
+        ("version -w simple (click alone)", "frozen version -w simple", "", "etcdctl version"),
+        ("nothing", "nothing (/bin/true)", "", ""),
+    ):
+        cells = [_spread(wall[name], 0, 1) if name in wall else "-" for name in (frozen, venv)]
+        against = f"{other} {_spread(wall[other], 0, 1)}" if other else "-"
+        both = frozen in wall and other in wall
+        ratio = f"**{statistics.median(wall[frozen]) / statistics.median(wall[other]):.1f}**" if both else "-"
+        memory = f"{resident[frozen]:.0f}" if frozen in resident else "-"
+        lines.append(f"| {words} | {cells[0]} | {cells[1]} | {against} | {ratio} | {memory} |")
+    if processes["frozen_megabytes"]:
+        lines += ["", f"The frozen file has {processes['frozen_megabytes']:.1f} MB."]
+    return lines
 
 
 def _spread(values: list[float], digits: int, scale: float) -> str:

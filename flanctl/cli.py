@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flanctl import streams
+from flanctl import __version__, streams, version_line
 from flanctl.commands.options import flags_of, output_options, registry_options, write_out
-from flanctl.errors import INTERRUPTED, FlanctlError
-from flanctl.text import printable
+from flanctl.complaint import complain, ended
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from flanctl.errors import FlanctlError
 
 
 class LazyGroup(click.Group):
@@ -110,6 +111,7 @@ subnets = _group(
     context_settings=SETTINGS,
     no_args_is_help=True,
 )
+@click.version_option(__version__, message=version_line())
 @registry_options
 @output_options
 def flanctl() -> None:
@@ -136,35 +138,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from click.shell_completion import shell_complete
 
         return streams.flushed(shell_complete(flanctl, {}, "flanctl", COMPLETE, instruction))
-    context = None
-    code = 0
-    try:
-        with flanctl.make_context("flanctl", words) as context:
-            flanctl.invoke(context)
-    except click.exceptions.Exit as done:
-        code = done.exit_code
-    except click.UsageError as error:
-        return _usage(error)
-    except FlanctlError as error:
-        _say(context, error)
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        streams.say("interrupted\n")
-        code = INTERRUPTED
-    except BrokenPipeError:
-        return streams.quiet_end()
-    except Exception as error:  # the last line of defence: no traceback reaches a user
-        if isinstance(error, OSError) and error.errno in streams.LOST and error.filename is None:
-            return streams.unwritable(error, 1)  # an unbuffered stdout says so before the end
-        bug = FlanctlError(
-            f"unexpected {type(error).__name__}: {error}",
-            hint="run it again with --debug and report what it prints",
-            id="bug",
-        )
-        bug.__cause__ = error
-        _say(context, bug)
-        code = bug.exit_code
-    return streams.flushed(code)
+    context: click.Context | None = None
+
+    def run() -> int:
+        nonlocal context
+        try:
+            with flanctl.make_context("flanctl", words) as context:
+                flanctl.invoke(context)
+        except click.exceptions.Exit as done:
+            return done.exit_code
+        except click.UsageError as error:
+            return _usage(error)
+        except click.Abort:
+            raise KeyboardInterrupt from None
+        return 0
+
+    return ended(run, lambda error: _say(context, error))
 
 
 def _usage(error: click.UsageError) -> int:
@@ -177,27 +166,11 @@ def _usage(error: click.UsageError) -> int:
 
 
 def _say(context: click.Context | None, error: FlanctlError) -> None:
-    path = "flanctl" if context is None else _command_path(context)
-    if context is not None and write_out_or_table(context) == "json":
-        from json import dumps
-
-        shown = {
-            "exit": error.exit_code,
-            "id": error.id,
-            "message": error.message,
-            "details": list(error.details),
-            "try": error.hint,
-        }
-        streams.say(dumps({"schema": 1, "error": shown}, ensure_ascii=False) + "\n")
+    if context is None:
+        complain("flanctl", error)
     else:
-        lines = [f"{path}: {error.message}", *(f"  {line}" for line in error.details)]
-        if error.hint:
-            lines.append(f"try: {error.hint}")
-        streams.say("\n".join(map(printable, lines)) + "\n")
-    if context is not None and "debug" in flags_of(context):
-        from traceback import format_exception
-
-        streams.say("".join(format_exception(error)))
+        debug = "debug" in flags_of(context)
+        complain(_command_path(context), error, form=write_out_or_table(context), debug=debug)
 
 
 def write_out_or_table(context: click.Context) -> str:

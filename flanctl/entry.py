@@ -44,9 +44,16 @@ def run(argv: Sequence[str]) -> int:
         from flanctl.compat import flanneld_start
 
         return flanneld_start.main(argv[1:])
-    if list(argv[1:]) == ["version"]:
+    if list(argv[1:]) in (["version"], ["--version"]):
         # What scripts ask most, answered without an option parser, which would be most of its time.
         return _version()
+    if list(argv[1:3]) == ["subnets", "ls"]:
+        from flanctl import quick, streams
+
+        streams.speak_utf8()
+        code = quick.subnets_ls(argv[3:])
+        if code is not None:
+            return code
     from flanctl import cli
 
     return cli.main(argv[1:])

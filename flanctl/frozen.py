@@ -41,6 +41,10 @@ def start() -> None:
     _import_later("inspect", known={"cleandoc": cleandoc})
     _import_later("platform", known={"system": lambda: os.uname().sysname})
     _import_later("dataclasses", then=_take_compiled)
+    # No package's metadata is in the file; tabulate asks for its own, and pays for email and zipfile to be told so.
+    _import_later(
+        "importlib.metadata", known={"version": _no_metadata, "PackageNotFoundError": ModuleNotFoundError}
+    )
     libraries = {name: where for name, where in _frozen.parts.items() if name != MODULES}
     sys.meta_path.insert(0, Libraries(libraries, memfd=_frozen.memfd_create))
     sys.excepthook = _unhandled
@@ -82,6 +86,8 @@ class _Later:
         self.__dict__.update(known, __name__=name, __spec__=None, _then=then)
 
     def __getattr__(self, wanted: str) -> object:
+        if wanted == "__path__":
+            raise AttributeError(wanted)  # `from x import y` asks whether x is a package
         name = str(self.__dict__["__name__"])
         if sys.modules.get(name) is self:  # type: ignore[comparison-overlap]
             del sys.modules[name]
@@ -100,6 +106,10 @@ def _import_later(
     click's import. `known` are those functions.
     """
     sys.modules[name] = _Later(name, known or {}, then)  # type: ignore[assignment]  # it behaves like one
+
+
+def _no_metadata(package: str) -> NoReturn:
+    raise ModuleNotFoundError(f"No package metadata was found for {package}", name=package)
 
 
 def _take_compiled(dataclasses: ModuleType) -> None:

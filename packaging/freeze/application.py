@@ -234,13 +234,14 @@ class Freeze:
         )
 
     def _name_members(self, library: Path) -> None:
-        """One member of PyOxidizer's libpython has a random name, the only thing in it that differs from run to run."""
+        """One member of PyOxidizer's libpython is compiled in a folder with a random name, which it bears and tells."""
         listed = self.cache.run("resources", ["ar", "t", library]).split()
         member = next(name for name in listed if name.endswith("-config.o"))
         run = self.cache.run
         run("resources", ["ar", "x", library, member], cwd=library.parent)
         run("resources", ["ar", "dD", library, member])
         (library.parent / member).rename(library.parent / "config.o")
+        run("resources", ["strip", "--strip-debug", "config.o"], cwd=library.parent)
         run("resources", ["ar", "rD", library, "config.o"], cwd=library.parent)
         (library.parent / "config.o").unlink()
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import program
+from flanctl import __version__
+from tests.support.cli import Answer, flanctl, program
 
 ENV = {"PATH": os.environ["PATH"]}
 
@@ -66,3 +67,10 @@ def test_a_link_to_a_link_goes_by_the_name_that_was_called(tmp_path: Path) -> No
 def test_exec_a(tmp_path: Path) -> None:
     command = f"exec -a flanneld {program()[0]} --version"
     assert said("bash", "-c", command)[1].endswith(" as flanneld\n")
+
+
+@pytest.mark.parametrize(
+    "words", [["version"], ["--version"], ["--prefix", "/p", "--version"], ["version", "-w", "table"]]
+)
+def test_the_version_is_the_same_by_every_way(words):
+    assert flanctl(*words) == Answer(0, f"flanctl {__version__}\n", "")

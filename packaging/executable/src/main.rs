@@ -1,5 +1,6 @@
 //! The frozen flanctl: starts the CPython that is linked in, on the modules at the end of this very file.
 
+mod arena;
 mod crash;
 mod parts;
 
@@ -39,6 +40,7 @@ fn run() -> Result<i32, String> {
     };
     let _ = PARTS.set(parts);
     keep_standard_descriptors();
+    arena::install();
     name_frozen_modules();
     let mut config: OxidizedPythonInterpreterConfig = default_python_config();
     config.packed_resources.push(pyembed::PackedResourcesSource::Memory(modules));
