@@ -68,7 +68,7 @@ def test_without_memfd_an_unlinked_file_in_the_first_folder_that_can(place, grpc
     script = "mount -o remount,bind,ro /\n" + "".join(
         f"mount -t tmpfs {'' if folder == place else '-o noexec'} tmpfs {folder}\n" for folder in FOLDERS
     )
-    prefix = [*mounted(f'{script} exec "$@"'), *NO_MEMFD]
+    prefix = [*NO_MEMFD, *mounted(f'{script} exec "$@"')]
     assert ls(grpc_only, exe=elsewhere, prefix=prefix) == LISTED
 
 
@@ -86,7 +86,7 @@ def test_without_memfd_no_file_stays(grpc_only, ls):
 @pytest.mark.needs("etcd34")
 def test_no_place_at_all_is_one_clear_error(grpc_only, elsewhere):
     """Only what needs cygrpc fails, with the places that were tried and why not."""
-    prefix = [*mounted(READ_ONLY), *NO_MEMFD]
+    prefix = [*NO_MEMFD, *mounted(READ_ONLY)]
     answer = run("subnets", "ls", exe=elsewhere, prefix=prefix, env={"FLANCTL_ENDPOINTS": grpc_only})
     assert answer.code not in {0, 1, 2}, answer
     assert answer.out == ""
@@ -110,7 +110,7 @@ def test_memory_deny_write_execute(etcd, grpc_only, ls):
 def test_protect_system_strict(elsewhere, grpc_only, ls):
     """systemd's words for: all read-only but /dev, /proc, /sys; /tmp private."""
     script = 'mount -o remount,bind,ro /; mount -t tmpfs tmpfs /tmp; exec "$@"'
-    assert ls(grpc_only, exe=elsewhere, prefix=[*mounted(script), *NO_WX]) == LISTED
+    assert ls(grpc_only, exe=elsewhere, prefix=[*NO_WX, *mounted(script)]) == LISTED
 
 
 @pytest.mark.needs("etcd34")
