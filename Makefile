@@ -21,7 +21,22 @@ test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last o
 	@scripts/need test
 	@$(PY) -m tests.support.etcd || echo "etcd 3.7 could not be built; its tests will say so"
 	cd native && cargo test --quiet --workspace --locked
-	$(PYTEST) tests
+	$(PYTEST)
+
+# The tests that start flanctl as a process, told by FLANCTL_EXE which file that is, and those of the file itself.
+FROZEN := tests/frozen tests/packages packaging/tests tests/unit/test_entry.py tests/unit/commands tests/unit/compat \
+	tests/netns tests/e2e
+FLANCTL_EXE ?= $(CURDIR)/dist/flanctl
+
+.PHONY: test-frozen
+test-frozen: setup ## Commands, netns, e2e and the demo against dist/flanctl (root); ARGS="-m smoke" in a minute
+	@scripts/need test
+	FLANCTL_EXE=$(FLANCTL_EXE) $(PY) -m pytest --require $(or $(REQUIRE),frozen) $(FROZEN) $(ARGS)
+
+.PHONY: soak-frozen
+soak-frozen: setup ## Ten minutes of agents from dist/flanctl under traffic: memory and descriptors stay flat (root)
+	@scripts/need test
+	FLANCTL_EXE=$(FLANCTL_EXE) $(PY) -m pytest --require frozen tests/frozen/test_soak.py -m soak $(ARGS)
 
 .PHONY: test-unit
 test-unit: setup ## Unit and property tests only: no root, seconds

@@ -47,8 +47,10 @@ def make_exe():
     config.import_time = VARS.get("IMPORT_TIME") == "1"
     config.terminfo_resolution = "none"  # or every child process inherits a TERMINFO_DIRS of ours
     config.utf8_mode = True  # "isolated" ignores the locale: without this stdout is ASCII where LANG is not set
+    config.install_signal_handlers = True  # "isolated" installs none: Ctrl-C would end it without a word and without clean-up
     config.parse_argv = False  # every argument is the program's
-    config.run_command = "from flanctl.entry import main; main()"
+    # _frozen is a built-in module (packaging/executable/src/main.rs): it is there even where the modules are damaged.
+    config.run_command = "import sys, _frozen; sys.excepthook = _frozen.unhandled; from flanctl.entry import main; main()"
 
     exe = dist.to_python_executable(
         name = "flanctl",

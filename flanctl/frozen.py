@@ -38,7 +38,10 @@ def start() -> None:
     # With the usual 700 a command spends a fifth of its start looking for garbage among classes that stay. An agent
     # still collects, after 50,000 new objects (about 5 MB).
     gc.set_threshold(50_000)
+    for stream in _frozen.closed:
+        setattr(sys, stream, None)  # as Python has it where nobody opens /dev/null beforehand
     _import_later("inspect", known={"cleandoc": cleandoc})
+    _import_later("difflib", known={"get_close_matches": _close_matches})
     _import_later("platform", known={"system": lambda: os.uname().sysname})
     _import_later("dataclasses", then=_take_compiled)
     # No package's metadata is in the file; tabulate asks for its own, and pays for email and zipfile to be told so.
@@ -46,8 +49,7 @@ def start() -> None:
         "importlib.metadata", known={"version": _no_metadata, "PackageNotFoundError": ModuleNotFoundError}
     )
     libraries = {name: where for name, where in _frozen.parts.items() if name != MODULES}
-    sys.meta_path.insert(0, Libraries(libraries, memfd=_frozen.memfd_create))
-    sys.excepthook = _unhandled
+    sys.meta_path.insert(0, Libraries(libraries, memfd=_frozen.memfd_create, damage=_frozen.damage))
 
 
 def leave(code: int) -> NoReturn:
@@ -64,17 +66,6 @@ def leave(code: int) -> NoReturn:
     if os.environ.get(SHOW_MODULES):
         os.write(2, "".join(f"{name}\n" for name in sys.modules).encode())
     os._exit(code)
-
-
-def _unhandled(kind: type[BaseException], error: BaseException, _: object) -> None:
-    """The last resort below cli.main's own: the program could not even be imported."""
-    import _frozen
-
-    if why := _frozen.damage():
-        what = f"this file is damaged: {why}\ntry: copy it again and compare it with flanctl.sha256"
-    else:
-        what = f"unexpected {kind.__name__}: {error}\ntry: report this"
-    os.write(2, f"flanctl: {what}\n".encode(errors="backslashreplace"))
 
 
 class _Later:
@@ -131,6 +122,15 @@ def _take_compiled(dataclasses: ModuleType) -> None:
     vars(dataclasses)["exec"] = run
 
 
+def _close_matches(word: str, possibilities: Sequence[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
+    """difflib's, but for short options: before click takes `-f` for one it asks which long option might be meant."""
+    if len(word) == 2 and word[0] == "-":
+        return []
+    from difflib import SequenceMatcher  # noqa: F401  imports it, in place of what stood for it
+
+    return sys.modules["difflib"].get_close_matches(word, possibilities, n, cutoff)  # type: ignore[no-any-return]
+
+
 def cleandoc(doc: str) -> str:
     """What inspect.cleandoc does (PEP 257): the margin of all lines but the first, and empty lines at the ends, go."""
     lines = doc.expandtabs().split("\n")
@@ -159,15 +159,21 @@ class Libraries:
         executable: str = "/proc/self/exe",
         memfd: Callable[[str, int], int] | None = None,
         folders: Sequence[str] = FOLDERS,
+        damage: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.parts, self.executable, self.folders = parts, executable, folders
         self.memfd = memfd or os.memfd_create
+        self.damage = damage
         self.origins: dict[str, str] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The import system's question. Raises ImportError where the library is known but no place to load it from is."""
+        """The import system's question. Raises ImportError where the library is known but no place to load it from is.
+
+        What it is told to load with raises ImportError where the dynamic loader refuses (a library of the host is missing), and
+        FlanctlError where that is because the executable is not as it was made: `damage` says so.
+        """
         del path, target
         if fullname not in self.parts:
             return None
@@ -176,8 +182,25 @@ class Libraries:
         from importlib.machinery import ExtensionFileLoader
         from importlib.util import spec_from_file_location
 
+        damage = self.damage
+
+        class Loader(ExtensionFileLoader):
+            def create_module(self, spec: ModuleSpec) -> ModuleType:
+                try:
+                    return super().create_module(spec)
+                except ImportError as error:
+                    if not (why := damage()):
+                        raise
+                    from flanctl.errors import FlanctlError
+
+                    raise FlanctlError(
+                        f"this file is damaged: {why}",
+                        hint="copy it again and compare it with flanctl.sha256",
+                        id="damaged",
+                    ) from error
+
         origin = self.origins[fullname]
-        return spec_from_file_location(fullname, origin, loader=ExtensionFileLoader(fullname, origin))
+        return spec_from_file_location(fullname, origin, loader=Loader(fullname, origin))
 
     def _materialise(self, name: str) -> str:
         places: list[tuple[str, Callable[[], int]]] = [

@@ -61,7 +61,7 @@ def main(folder: Path) -> int:
             package(kind, work / name, executable=executable, stage=stage, epoch=epoch)
             made.append(work / name)
         step = "image"
-        base = _run("the image's base", ["scripts/debian-tree", "image-base", *image.BASE])
+        base = _run("the image's base", ["scripts/debian-tree", "image-base", "bookworm", *image.BASE])
         made.append(work / f"flanctl-{__version__}-image.tar")
         image.write(
             made[-1],

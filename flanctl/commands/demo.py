@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
+from flanctl import streams
 from flanctl.commands import output
 from flanctl.commands.options import output_options, write_out
 
@@ -40,9 +39,9 @@ def demo(hosts: int, etcd: bool, keep: bool) -> None:
     def tell(line: str) -> None:
         if not as_json:
             output.data(line)
-            sys.stdout.flush()
+            output.flush()
 
-    steps = run_demo(tell, hosts=hosts, etcd=etcd, keep=keep, colour=sys.stdout.isatty() and not as_json)
+    steps = run_demo(tell, hosts=hosts, etcd=etcd, keep=keep, colour=streams.out().isatty() and not as_json)
     if as_json:
         output.json({"steps": steps})
     else:

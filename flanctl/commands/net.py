@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flanctl import streams
 from flanctl.commands import output
 from flanctl.commands.options import output_options, registry_options, settings, write_out
 from flanctl.errors import Conflict, Invalid, NotFound, NotPermitted, UsageError
@@ -283,8 +284,9 @@ def get(effective: bool) -> None:
 
 def _print_bytes(entry: Entry) -> None:
     """Exactly what is stored, with a line end if it lacks one; undecodable bytes pass through."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(entry.value if entry.value.endswith(b"\n") else entry.value + b"\n")
+    out = streams.out()
+    out.flush()
+    out.buffer.write(entry.value if entry.value.endswith(b"\n") else entry.value + b"\n")
 
 
 def _print_config(config: NetworkConfig, more: dict[str, object]) -> None:

@@ -79,7 +79,7 @@ def pairs(items: Sequence[tuple[str, object]]) -> None:
 
 def flush() -> None:
     """Send on what was written: a stream is read line by line. Raises BrokenPipeError when nobody reads any more."""
-    sys.stdout.flush()
+    streams.out().flush()
 
 
 def refuse_without_reader() -> None:
@@ -87,7 +87,7 @@ def refuse_without_reader() -> None:
     import select
 
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(streams.out().fileno(), 0)
     if any(state & select.POLLERR for _, state in poll.poll(0)):
         raise BrokenPipeError
 

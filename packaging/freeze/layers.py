@@ -189,10 +189,12 @@ class Cache:
 
 OFFLINE = (
     "Temporary failure in name resolution",
+    "Temporary failure resolving",
     "Could not resolve",
     "Failed to establish a new connection",
     "failed to download",
     "Network is unreachable",
+    "Could not connect to",
     "Connection refused",
     "Connection timed out",
     "spurious network error",

@@ -132,12 +132,12 @@ class Apt:
                 f"{layer}: the sources are Debian's and this machine has no apt", hint="freeze on Debian 12"
             )
         environment = self._prepare()
-        self.cache.run(layer, ["apt-get", "update", "-q"], env=environment)
+        updated = self.cache.run(layer, ["apt-get", "update", "-q"], env=environment)
         try:
             self.cache.run(
                 layer, ["apt-get", "source", "-q", "--download-only", pin], cwd=folder, env=environment
             )
-        except Failure:
+        except Failure as failure:
             offered = self.versions(pin.partition("=")[0])
             if offered and pin.partition("=")[2] not in offered:
                 raise Failure(
@@ -145,19 +145,26 @@ class Apt:
                     f"it has {', '.join(offered)}: most likely a security release",
                     hint="make lock-sources takes the newest; then make freeze",
                 ) from None
-            raise
+            raise self._explained(layer, failure, updated) from None
+
+    def _explained(self, layer: str, failure: Failure, updated: str) -> Failure:
+        """`apt-get update` ends with 0 where it got no list, and whoever looks into the lists then gets the blame."""
+        return self.cache.failed(layer, failure.what, updated) if "Err:" in updated else failure
 
     def versions(self, name: str) -> list[str]:
-        """What apt offers of a package, newest first."""
+        """What apt offers of a package, newest first; nothing where it has no lists."""
         environment = self._prepare()
-        shown = self.cache.run("apt", ["apt-cache", "showsrc", name], env=environment)
+        try:
+            shown = self.cache.run("apt", ["apt-cache", "showsrc", name], env=environment)
+        except Failure:
+            return []
         versions = dict.fromkeys(re.findall(r"(?m)^Version: (\S+)", shown))
         return sorted(versions, key=cmp_to_key(_by_debian), reverse=True)
 
     def lock(self, name: str) -> Source:
         """The newest version that can be fetched: an index may name one its archive has not, so try downwards."""
         environment = self._prepare()
-        self.cache.run("apt", ["apt-get", "update", "-q"], env=environment)
+        updated = self.cache.run("apt", ["apt-get", "update", "-q"], env=environment)
         for version in self.versions(name):
             folder = self.folder / "lock"
             shutil.rmtree(folder, ignore_errors=True)
@@ -174,7 +181,8 @@ class Apt:
             files = tuple((path.name, sha256(path)) for path in sorted(folder.iterdir()))
             shutil.rmtree(folder)
             return Source(name, version, files)
-        raise Failure(f"no version of {name} can be fetched", hint="look into the log of apt")
+        failure = Failure(f"no version of {name} can be fetched", hint=f"look into {self.cache.logs}/apt.log")
+        raise self._explained("apt", failure, updated)
 
 
 def lock_sources(cache: Cache, path: Path) -> None:

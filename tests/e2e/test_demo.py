@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -115,9 +114,7 @@ def test_kept_it_stays_and_says_how_to_enter_and_how_to_remove_it(own_temporary_
             *enter[1].split(),
             "env",
             export[1],
-            sys.executable,
-            "-m",
-            "flanctl",
+            *program(),
             "subnets",
             "ls",
             "-w",

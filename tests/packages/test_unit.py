@@ -1,8 +1,8 @@
 """The frozen agent under what flanctl-agent.service takes away: capabilities, new privileges, a writable system.
 
 The machine that tests has no systemd to ask, so its directives are made by hand from the unit's own lines: the capability
-bounding set and no-new-privileges by setpriv(1), ProtectSystem=strict by a read-only root in a mount namespace. The
-device policy, address families and system calls are not imitated.
+bounding set and no-new-privileges by setpriv(1), ProtectSystem=strict by a read-only root in a mount namespace,
+MemoryDenyWriteExecute= by PR_SET_MDWE. The device policy, address families and system calls are not imitated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flanctl.demo.hosts import Lab
 from tests.support.agents import environment, flanctl
 from tests.support.capabilities import frozen_executable
 from tests.support.deadline import until
+from tests.support.frozen import NO_WX
 
 pytestmark = pytest.mark.needs("frozen", "root", "netns", "tun", "iptables")
 
@@ -44,7 +45,7 @@ def test_the_confined_agent_becomes_ready_and_stops(tmp_path):
         flanctl(host, endpoints, "net", "init", "--network", "172.17.0.0/16")
         words = [
             "unshare", "--mount", "--propagation", "private", "sh", "-c", _CONFINE, str(tmp_path),
-            str(frozen_executable()), "agent", "--subnet-file", str(tmp_path / "subnet.env"),
+            *NO_WX, str(frozen_executable()), "agent", "--subnet-file", str(tmp_path / "subnet.env"),
             "--state-dir", str(tmp_path / "state"), "--run-dir", str(tmp_path / "run"),
         ]  # fmt: skip
         with log.open("wb") as stream:

@@ -117,6 +117,10 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "systemd": _program("systemd-analyze"),
     "mandoc": _program("mandoc"),
     "shells": _program("bash", "zsh", "fish"),
+    "qemu-user": _program("qemu-x86_64"),
+    "openssl": _program("openssl"),
+    "apt": _program("apt-get", "apt-cache", "dpkg-source"),
+    "binutils": _program("objdump", "readelf"),
 }
 NAMES = tuple(_PROBES)
 

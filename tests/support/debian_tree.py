@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-_ARGUMENTS = ("debian", "--variant=minbase", "--include=iptables")
+_ARGUMENTS = ("--variant=minbase", "--include=iptables")
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
 _ENTER = """
 set -e
 mount -t proc proc "$0/proc"
@@ -36,11 +37,17 @@ class Tree:
     root: Path
 
     @classmethod
-    def unpack(cls, root: Path) -> Self:
-        """The cached tree (made by the first call: half a minute), unpacked into a new folder."""
+    def unpack(cls, root: Path, suite: str = "bookworm") -> Self:
+        """The cached tree (made by the first call: half a minute), unpacked into a new folder.
+
+        AssertionError with mmdebstrap's own words where the mirror has no such suite.
+        """
         repository = Path(__file__).parents[2]
         made = subprocess.run(
-            [repository / "scripts/debian-tree", *_ARGUMENTS], capture_output=True, text=True, check=False
+            [repository / "scripts/debian-tree", f"debian-{suite}", suite, *_ARGUMENTS],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert made.returncode == 0, made.stderr
         root.mkdir()
@@ -50,11 +57,15 @@ class Tree:
     def __truediv__(self, path: str) -> Path:
         return self.root / path
 
+    def command(self, *words: str) -> list[str]:
+        """The words that run a command in the tree; give it ENVIRONMENT, the tester's may not fit."""
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, str(self.root), *words]
+
     def run(self, *words: str, timeout: float = 60.0) -> Answer:
         """Run to the end in the tree, with an empty environment but for PATH."""
         done = subprocess.run(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, str(self.root), *words],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"},
+            self.command(*words),
+            env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -9,6 +9,7 @@ use pyembed::{ExtensionModule, MainPythonInterpreter, OxidizedPythonInterpreterC
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::ffi::{c_char, c_void, CString};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::OnceLock;
 
 // `default_python_config()`, as pyoxidizer.bzl describes it.
@@ -16,6 +17,24 @@ include!(concat!(env!("OUT_DIR"), "/python_config.rs"));
 
 const MODULES: &str = "packed-resources";
 static PARTS: OnceLock<Parts> = OnceLock::new();
+
+/// Which of 0, 1 and 2 a parent had closed, a bit each. Rust's library opens /dev/null for these before `main`, so that no file
+/// opened later gets a number that is meant for people; what is written to one is lost then, and `flanctl/frozen.py` has to know.
+static CLOSED: AtomicU8 = AtomicU8::new(0);
+
+extern "C" fn look_for_closed() {
+    for descriptor in 0..=2 {
+        // SAFETY: a plain system call on a number.
+        if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } == -1 {
+            CLOSED.fetch_or(1 << descriptor, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The dynamic loader calls what stands in this section before the program's entry.
+#[used]
+#[link_section = ".init_array"]
+static BEFORE_RUST: extern "C" fn() = look_for_closed;
 
 fn main() {
     crash::watch();
@@ -39,7 +58,6 @@ fn run() -> Result<i32, String> {
         }
     };
     let _ = PARTS.set(parts);
-    keep_standard_descriptors();
     arena::install();
     name_frozen_modules();
     let mut config: OxidizedPythonInterpreterConfig = default_python_config();
@@ -73,19 +91,6 @@ fn refuse_old_kernel() -> Result<(), String> {
         return Err(format!("this kernel is Linux {release}; flanctl needs 3.10 or newer"));
     }
     Ok(())
-}
-
-/// A parent may have closed 0, 1 or 2. The next file opened would get such a number, and what is meant for people would be
-/// written into it; Python itself refuses to start on some of these.
-fn keep_standard_descriptors() {
-    for descriptor in 0..=2 {
-        // SAFETY: plain system calls on numbers.
-        unsafe {
-            if libc::fcntl(descriptor, libc::F_GETFD) == -1 {
-                libc::open(c"/dev/null".as_ptr(), if descriptor == 0 { libc::O_WRONLY } else { libc::O_RDONLY });
-            }
-        }
-    }
 }
 
 /// An entry of CPython 3.11's tables of frozen modules; a null name ends a table.
@@ -140,7 +145,12 @@ fn _frozen(py: Python<'_>, module: &PyModule) -> PyResult<()> {
         parts.set_item(&part.name, (part.offset, part.length))?;
     }
     module.add("parts", parts)?;
+    let closed = CLOSED.load(Ordering::Relaxed);
+    let names = ["stdin", "stdout", "stderr"].into_iter().enumerate();
+    let names: Vec<_> = names.filter(|(number, _)| closed >> number & 1 == 1).map(|(_, name)| name).collect();
+    module.add("closed", names)?;
     module.add_function(wrap_pyfunction!(damage, module)?)?;
+    module.add_function(wrap_pyfunction!(unhandled, module)?)?;
     module.add_function(wrap_pyfunction!(memfd_create, module)?)
 }
 
@@ -148,6 +158,20 @@ fn _frozen(py: Python<'_>, module: &PyModule) -> PyResult<()> {
 #[pyfunction]
 fn damage() -> Option<String> {
     parts::damage()
+}
+
+/// `sys.excepthook`, from before the first import on: the last resort below what `flanctl/cli.py` catches.
+#[pyfunction]
+fn unhandled(kind: &PyAny, error: &PyAny, _trace: &PyAny) -> PyResult<()> {
+    if error.is_instance_of::<pyo3::exceptions::PyKeyboardInterrupt>()? {
+        eprintln!("interrupted");
+        return Ok(());
+    }
+    match parts::damage() {
+        Some(why) => crash::say_damaged(&why),
+        None => eprintln!("flanctl: unexpected {}: {}\ntry: report this", kind.getattr("__name__")?, error.str()?),
+    }
+    Ok(())
 }
 
 /// memfd_create(2) by number: glibc has no function for it before 2.27, nor has `os` in a Python built for such a glibc.

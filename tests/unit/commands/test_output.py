@@ -88,3 +88,10 @@ def test_quick_work_says_nothing(monkeypatch):
     with output.Progress("asking") as progress:
         progress(20, 20)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("use", [output.flush, output.refuse_without_reader])
+def test_a_stdout_that_the_parent_closed_is_an_error_of_the_system(use, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        use()

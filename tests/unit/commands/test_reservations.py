@@ -7,12 +7,11 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from flanctl.registry.stores.sqlite import SqliteStore
-from tests.support.cli import flanctl
+from tests.support.cli import flanctl, program
 from tests.support.deadline import until
 
 PREFIX = "/jxdd/network"
@@ -259,7 +258,7 @@ def ask(tmp_path, words, answer):
     """Exit code, what the terminal showed, stdout."""
     controller, terminal = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-m", "flanctl", *words, "--endpoints", f"sqlite:{tmp_path / 'registry.db'}"],
+        [*program(), *words, "--endpoints", f"sqlite:{tmp_path / 'registry.db'}"],
         stdin=terminal,
         stdout=subprocess.PIPE,
         stderr=terminal,
@@ -293,9 +292,7 @@ def test_what_changed_while_the_question_stood_is_left_alone(tmp_path, store):
     controller, terminal = pty.openpty()
     with subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "flanctl",
+            *program(),
             "release",
             "172.17.7.0/24",
             "--endpoints",

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
 
@@ -15,7 +14,7 @@ from flanctl.commands.watch import _Printer
 from flanctl.errors import RegistryUnreachable
 from flanctl.registry.changes import Back, Lost
 from flanctl.registry.stores.sqlite import SqliteStore
-from tests.support.cli import Running, flanctl
+from tests.support.cli import Running, flanctl, program
 
 PREFIX = "/jxdd/network"
 KEY = f"{PREFIX}/subnets/172.17.90.0-24"
@@ -171,7 +170,7 @@ def test_a_reader_that_goes_away_ends_it_quietly_before_anything_happens(registr
 def test_a_full_disk_ends_it(registry):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "flanctl", "watch", "--for", "20s"],
+            [*program(), "watch", "--for", "20s"],
             env={**os.environ, **registry},
             stdout=full,
             stderr=subprocess.PIPE,
