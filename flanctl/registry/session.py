@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flanctl.errors import NotFound, NotPermitted, RegistryUnreachable, UsageError
@@ -175,7 +174,8 @@ def _password(settings: Settings) -> str | None:
     if path is None:
         return settings.optional("password")
     try:
-        return Path(path).read_text().rstrip("\r\n")
+        with open(path) as file:
+            return file.read().rstrip("\r\n")
     except FileNotFoundError:
         raise NotFound(f"no password file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

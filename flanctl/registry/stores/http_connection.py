@@ -375,9 +375,11 @@ def _resolve(endpoint: Endpoint, deadline: float, cancel: int) -> list[tuple[int
 
 
 def _look_up(endpoint: Endpoint, flags: int) -> list[tuple[int, Any]]:
+    # As bytes: for a text Python loads its codec for international names, stringprep's tables and all.
+    host = endpoint.host.encode() if endpoint.host.isascii() else endpoint.host
     try:
         found = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=flags
+            host, endpoint.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=flags
         )
     except (socket.gaierror, UnicodeError) as error:
         code = error.errno if isinstance(error, socket.gaierror) else None
