@@ -147,7 +147,7 @@ fn _frozen(py: Python<'_>, module: &PyModule) -> PyResult<()> {
 /// What is wrong with the program's file, or None.
 #[pyfunction]
 fn damage() -> Option<String> {
-    parts::damage()
+    parts::damage().map(Into::into)
 }
 
 /// memfd_create(2) by number: glibc has no function for it before 2.27, nor has `os` in a Python built for such a glibc.
