@@ -72,15 +72,19 @@ check: setup ## Format, lint, types, import rule, stubs, clippy, rustfmt
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	MYPYPATH=packaging $(VENV)/bin/mypy packaging/packages.py packaging/image.py packaging/describe.py
+	MYPYPATH=packaging/freeze $(VENV)/bin/mypy packaging/freeze/*.py
 	$(VENV)/bin/lint-imports
 	cd native && cargo fmt --all --check
 	cd native && cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+# No clippy here: this crate compiles only on what PyOxidizer has written, which is make freeze's work.
+	cd packaging/executable && cargo fmt --check
 
 .PHONY: fix
 fix: setup ## Repair what tools can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	cd native && cargo fmt --all
+	cd packaging/executable && cargo fmt
 
 .PHONY: reference
 reference: setup ## Write docs/reference/commands.md from the commands' --help

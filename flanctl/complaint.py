@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from flanctl import streams
 from flanctl.errors import INTERRUPTED, FlanctlError
 from flanctl.text import printable
@@ -26,7 +28,7 @@ def ended(run: Callable[[], int], say: Callable[[FlanctlError], None]) -> int:
     except Exception as error:  # the last line of defence
         if isinstance(error, OSError) and error.errno in streams.LOST and error.filename is None:
             return streams.unwritable(error, 1)  # an unbuffered stdout says so before the end
-        bug = FlanctlError(
+        bug = _damaged() or FlanctlError(
             f"unexpected {type(error).__name__}: {error}",
             hint="run it again with --debug and report what it prints",
             id="bug",
@@ -35,6 +37,21 @@ def ended(run: Callable[[], int], say: Callable[[FlanctlError], None]) -> int:
         say(bug)
         code = bug.exit_code
     return streams.flushed(code)
+
+
+def _damaged() -> FlanctlError | None:
+    """Code of an altered executable fails like a bug, and is none."""
+    if not getattr(sys, "frozen", False):
+        return None
+    import _frozen
+
+    if not (why := _frozen.damage()):
+        return None
+    return FlanctlError(
+        f"this file is damaged: {why}",
+        hint="copy it again and compare it with flanctl.sha256",
+        id="damaged",
+    )
 
 
 def complain(path: str, error: FlanctlError, *, form: str = "table", debug: bool = False) -> None:

@@ -29,10 +29,15 @@ def main() -> int:
     # A `kill` must clean up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = os.environ.get("FLANCTL_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    cache = Cache(Path(base) / "flanctl" / "freeze")
+    cache = Cache(Path(base).absolute() / "flanctl" / "freeze")
     try:
         with cache.locked():
-            run(chosen, cache)
+            try:
+                run(chosen, cache)
+            except (
+                OSError
+            ) as error:  # between the layers: a log that cannot be written, a file that went away
+                raise cache.failed("freeze", str(error)) from None
     except Failure as failure:
         lines = [failure.what, *(f"  {line}" for line in failure.details), f"try: {failure.hint}"]
         sys.stderr.write("".join(f"freeze: {line}\n" for line in lines))

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from assemble import assemble
 from checks import check
-from layers import Failure, Layer, recipe, say, text_of
+from layers import Failure, Layer, Surroundings, recipe, say, text_of
 from sbom import python_parts, write_sbom
 from toolchain import EPOCH_OF_SOURCES, GLIBC, TARGET
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from layers import Cache
     from sources import Source
     from toolchain import Toolchain
@@ -33,6 +35,8 @@ DROPPED = (
     "__pycache__", "tests", "bin", "*.pyi", "*.pyx", "*.pxd", "*.pxi", "*.c", "*.cc", "*.h", "*.proto", "*.pth", "py.typed",
     "_credentials",
 )  # fmt: skip
+FROZEN = ("flanctl", "native", "packaging", "pyoxidizer.bzl", "requirements")
+"""What the file is made of; a change elsewhere makes no other file."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,22 @@ class Build:
         """From git; SOURCE_DATE_EPOCH goes before the commit's date."""
 
         def git(*words: str) -> str:
+            if not (root / ".git").exists() or not shutil.which("git"):
+                return ""  # an unpacked archive, perhaps within somebody else's repository
             done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
             return done.stdout.strip() if done.returncode == 0 else ""
 
-        dirty = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
         revision = git("rev-parse", "HEAD")
+        if not revision:
+            say("no git revision can be told here: version will say unknown")
+        # Files that nobody has added yet are frozen like all others.
+        dirty = "+changes" if git("status", "--porcelain", "--", *FROZEN) else ""
         epoch = os.environ.get("SOURCE_DATE_EPOCH") or git("log", "-1", "--format=%ct") or EPOCH_OF_SOURCES
+        if not re.fullmatch(r"\d{1,11}", epoch, re.ASCII):
+            raise Failure(
+                f"SOURCE_DATE_EPOCH is {epoch!r}, not a number of seconds since 1970",
+                hint="unset SOURCE_DATE_EPOCH",
+            )
         return cls(revision + dirty if revision else "unknown", int(epoch))
 
 
@@ -258,6 +272,8 @@ class Freeze:
                 # cargo goes by paths and times: where nothing changed it must not see a change.
                 content = path.read_bytes().replace(HERE.encode(), str(steady).encode())
                 copy = steady / path.name
+                if path.name == PYO3_CONFIG:
+                    content += _watched(steady, link)
                 if not copy.exists() or copy.read_bytes() != content:
                     copy.write_bytes(content)
             environment = self.tools.environment(
@@ -292,12 +308,14 @@ class Freeze:
         return " ".join(f"--remap-path-prefix={place}={name}" for place, name in places.items())
 
     def _cargo(
-        self, layer: str, command: list[str | Path], cwd: Path, environment: dict[str, str], target: Path
+        self, layer: str, command: Sequence[object], cwd: Path, environment: dict[str, str], target: Path
     ) -> None:
         """cargo keeps what it compiled; what an interruption broke in there must not fail every later run."""
         fresh = not target.exists()
         try:
             self.cache.run(layer, command, cwd=cwd, env=environment)
+        except Surroundings:
+            raise
         except Failure as failure:
             if fresh or any("error[E" in line for line in failure.details):
                 raise
@@ -311,6 +329,14 @@ def _anywhere(config: str) -> str:
     config = re.sub("(?m)^executable=.*", "executable=python3.11", config)
     config = re.sub("(?m)(rustc-link-search=native=).*", rf"\g<1>{HERE}", config)
     return "\n".join(dict.fromkeys(config.splitlines())) + "\n"
+
+
+def _watched(folder: Path, libraries: Path) -> bytes:
+    """pyo3 takes the static libraries in when it is compiled, and cargo looks at none of them unless it is told to."""
+    names = sorted(path.name for path in libraries.glob("*.a"))
+    return "".join(
+        f"extra_build_script_line=cargo:rerun-if-changed={folder / name}\n" for name in names
+    ).encode()
 
 
 def freeze(
@@ -328,18 +354,28 @@ def freeze(
     digest = _once(job, out)
     if twice:
         say("and once more, from the sources of everything that changes with a commit")
-        for name in ("dependencies", "native", "resources", "executable"):
-            shutil.rmtree(cache.folder / name, ignore_errors=True)
-        for name in ("cargo-native", "cargo-executable", "link"):
-            shutil.rmtree(cache.folder / name, ignore_errors=True)
+        first = cache.folder / "first"
+        shutil.rmtree(first, ignore_errors=True)
+        first.mkdir()
+        for name in (
+            "dependencies",
+            "native",
+            "resources",
+            "executable",
+            "cargo-native",
+            "cargo-executable",
+            "link",
+        ):
+            (cache.folder / name).rename(first / name)
         again = _once(job, out)
         if again != digest:
             raise Failure(
                 "the two builds differ",
                 f"first  {digest}",
                 f"second {again}",
-                hint="compare the layers of both",
+                hint=f"compare the layers of both: {first} and {cache.folder}",
             )
+        shutil.rmtree(first)
         say(f"both builds are the same: {digest}")
 
 
@@ -350,19 +386,26 @@ def _once(job: Freeze, out: Path) -> str:
     program = job.executable(resources, native)
     parts = {"packed-resources": resources / "packed-resources"}
     parts |= {path.stem: path for path in sorted((dependencies / "libraries").glob("*.so"))}
+    result = out / "flanctl"
+    new = out / ".new"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        result = out / "flanctl"
-        new = out / ".flanctl.new"
-        assemble(program, parts, new)
-        check(job.cache, new, program, list(parts.values())[1:], most_bytes=MOST_BYTES)
-        write_sbom(job, dependencies, new, out / "flanctl.cdx.json")
-        digest = hashlib.sha256(new.read_bytes()).hexdigest()
-        (out / "flanctl.sha256").write_text(f"{digest}  flanctl\n")
-        new.rename(result)
+        # All three or none: what was there before stays until the last of them is written.
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        file = new / result.name
+        assemble(program, parts, file)
+        check(job.cache, file, program, list(parts.values())[1:], most_bytes=MOST_BYTES)
+        write_sbom(job, dependencies, file, new / "flanctl.cdx.json")
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        (new / "flanctl.sha256").write_text(f"{digest}  flanctl\n")
+        for path in sorted(new.iterdir()):
+            path.rename(out / path.name)
     except OSError as error:
-        raise job.cache.failed("result", f"cannot write to {out}: {error.strerror or error}") from None
+        folder = out if out.is_dir() else None
+        raise job.cache.failed(
+            "result", f"cannot write to {out}: {error.strerror or error}", folder=folder
+        ) from None
     finally:
-        (out / ".flanctl.new").unlink(missing_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
     say(f"{result}: {result.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
     return digest

@@ -26,11 +26,12 @@ def check(cache: Cache, result: Path, program: Path, libraries: list[Path], *, m
             f"the file has {size} bytes, more than {most_bytes}",
             hint="look what grew: flanctl.cdx.json lists the parts",
         )
-    if found := builder_traces(result.read_bytes()):
+    if found := builder_traces(result.read_bytes(), cache.folder):
         raise Failure(
             "the file tells who built it",
             *found,
-            hint="find the layer it comes from; add a path mapping there",
+            hint="find the layer it comes from and add a path mapping there; "
+            "a name that is an ordinary word belongs to ORDINARY in packaging/freeze/checks.py",
         )
 
 
@@ -70,16 +71,48 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
-def builder_traces(content: bytes) -> list[str]:
+ORDINARY = {
+    *(
+        "root",
+        "nobody",
+        "user",
+        "admin",
+        "default",
+        "node",
+        "master",
+        "server",
+        "worker",
+        "agent",
+        "host",
+        "container",
+    ),
+    *(
+        "localhost",
+        "localhost.localdomain",
+        "linux",
+        "debian",
+        "ubuntu",
+        "fedora",
+        "centos",
+        "alpine",
+        "docker",
+    ),
+    *("build", "buildd", "builder", "runner", "vagrant", "github", "gitlab", "python", "flannel", "flanctl"),
+}
+"""Names of users and hosts that prove nothing: programs and their documentation hold these words."""
+
+
+def builder_traces(content: bytes, cache: Path | None = None) -> list[str]:
     """Words of this machine in a file: home, folders, user, host, and what its environment holds in secret."""
-    words = {
-        "the home folder": str(Path.home()) + "/",
-        "the working folder": str(Path.cwd()),
-        "the host name": socket.gethostname(),
-    }
-    user = getpass.getuser()
-    if user != "root":  # every Unix program knows that name
-        words["the user name"] = user
+    words = {"the home folder": str(Path.home()) + "/", "the working folder": str(Path.cwd())}
+    if cache:
+        words["the cache folder"] = str(cache)
+    try:
+        user = getpass.getuser()
+    except KeyError:  # a container's user number without a name
+        user = ""
+    names = {"the user name": user, "the host name": socket.gethostname()}
+    words |= {what: name for what, name in names.items() if name not in ORDINARY}
     for name, text in os.environ.items():
         if re.search("TOKEN|SECRET|PASSWORD|KEY|PROXY|INDEX_URL|FIND_LINKS", name, re.IGNORECASE):
             words[f"the environment's {name}"] = text

@@ -79,6 +79,7 @@ def _run_recipe(
     cache: Cache, tools: Toolchain, name: str, script: Path, source: Layer, folder: Path, **more: str
 ) -> Path:
     """Run a recipe in a copy of the source; returns the copy, which a library has no more use for."""
+    layer = folder.parent.name
     work = folder / "work"
     shutil.copytree(cache.have(source) / "tree", work, symlinks=True)
     environment = tools.environment(
@@ -88,7 +89,7 @@ def _run_recipe(
         FREEZE_PREFIX_MAP=f"-ffile-prefix-map={work}=.",
         **more,
     )
-    cache.run(name, ["bash", "-euxo", "pipefail", script], cwd=work, env=environment)
+    cache.run(layer, ["bash", "-euxo", "pipefail", script], cwd=work, env=environment)
     if name != "cpython":
         shutil.rmtree(work)
     return work

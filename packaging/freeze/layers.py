@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 MANIFEST = ".layer.json"
 KEPT = 3
 """How many builds of one layer stay, newest first: switching between two branches costs nothing."""
+OTHER_FOLDER = "name another one: FLANCTL_CACHE=/some/folder make freeze"
 FULL = 64 << 20
 """With less room than this (bytes) a failure is put down to the disk."""
 
@@ -40,6 +42,10 @@ class Failure(Exception):
     def __init__(self, what: str, *details: str, hint: str) -> None:
         super().__init__(what)
         self.what, self.details, self.hint = what, details, hint
+
+
+class Surroundings(Failure):
+    """Nothing is wrong with what was built: the disk is full, or the network away."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +69,50 @@ class Cache:
         self.logs = folder / "logs"
         self.taken: dict[str, float] = {}
         """Seconds each layer took in this run; 0.0 where it was there."""
+        self._lock: tuple[int, ...] = ()
+        self._logged: set[Path] = set()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait until no other freeze works here. Raises Failure where the folder cannot be written."""
+        """Wait until no other freeze works here. Raises Failure where the folder cannot be used."""
+        if re.search(r"\s", str(self.folder)):
+            raise Failure(
+                f"the cache folder {str(self.folder)!r} has a space in its name, which configure and rustc take for two words",
+                hint=OTHER_FOLDER,
+            )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise Failure(
-                f"cannot write to the cache folder {self.folder}: {error.strerror}",
-                hint="name another one: FLANCTL_CACHE=/some/folder make freeze",
+                f"cannot write to the cache folder {self.folder}: {error.strerror}", hint=OTHER_FOLDER
             ) from None
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say("another freeze is at work; waiting for it")
+                say("another freeze, or what a killed one has left running, is at work; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            self._lock = (lock,)
             yield
         finally:
+            self._lock = ()
             os.close(lock)
 
     def have(self, layer: Layer) -> Path:
         """The layer's folder, built first if it is missing or not whole. Raises Failure."""
         final = self.folder / layer.name / layer.key
-        if final.exists():
-            if why := damage(final):
-                say(f"{layer.name}: {why}; building it again")
-                shutil.rmtree(final)
-            else:
-                os.utime(final)
-                self.taken[layer.name] = 0.0
-                return final
+        try:
+            if final.exists():
+                if why := damage(final):
+                    say(f"{layer.name}: {why}; building it again")
+                    shutil.rmtree(final)
+                else:
+                    os.utime(final)
+                    self.taken[layer.name] = 0.0
+                    return final
+        except OSError as error:
+            raise self.failed(layer.name, str(error), hint=OTHER_FOLDER) from None
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         started = time.monotonic()
@@ -132,16 +149,21 @@ class Cache:
     def run(
         self,
         layer: str,
-        command: Sequence[str | Path],
+        command: Sequence[object],
         *,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         hint: str = "",
     ) -> str:
-        """Run a command with its output in the layer's log; returns what it printed on stdout. Raises Failure."""
+        """Run a command with its output in the layer's log; returns what it printed on stdout. Raises Failure.
+
+        The log is this run's. The command and its children hold the lock too: what a killed freeze leaves running must end
+        before the next one builds in the same folders.
+        """
         log = self.logs / f"{layer}.log"
         shown = " ".join(str(word) for word in command)
-        with log.open("ab") as out:
+        with log.open("ab" if log in self._logged else "wb") as out:
+            self._logged.add(log)
             out.write(f"\n$ {shown}\n".encode())
             out.flush()
             begin = out.tell()
@@ -154,29 +176,38 @@ class Cache:
                     stdout=subprocess.PIPE,
                     stderr=out,
                     check=False,
+                    pass_fds=self._lock,
                 )
             except FileNotFoundError:
                 raise Failure(
                     f"{layer}: there is no program {command[0]}", hint="scripts/need freeze"
                 ) from None
+            said = out.tell()
             out.write(done.stdout)
+        printed = done.stdout.decode(errors="replace")
         if done.returncode:
-            text = log.read_bytes()[begin:].decode(errors="replace")
-            raise self.failed(layer, f"`{shown[:160]}` ended with {done.returncode}", text, hint=hint)
-        return done.stdout.decode(errors="replace")
+            # On stdout compilers' command lines go by; what went wrong stands on stderr.
+            complaint = log.read_bytes()[begin:said].decode(errors="replace")
+            raise self.failed(
+                layer, f"`{shown[:160]}` ended with {done.returncode}", printed + "\n" + complaint, hint=hint
+            )
+        return printed
 
-    def failed(self, layer: str, cause: str, output: str = "", *, hint: str = "") -> Failure:
-        """The failure of a layer, with the likely reason where one can be told."""
+    def failed(
+        self, layer: str, cause: str, output: str = "", *, hint: str = "", folder: Path | None = None
+    ) -> Failure:
+        """The failure of a layer, with the likely reason where one can be told; `folder` is where it was writing to."""
+        folder = folder or self.folder
         lines = [line for line in output.splitlines() if line.strip()][-15:]
         again = "then run make freeze again: finished layers are kept"
-        if shutil.disk_usage(self.folder).free < FULL or "No space left on device" in output + cause:
-            return Failure(
-                f"{layer}: the disk of {self.folder} is full",
+        if shutil.disk_usage(folder).free < FULL or "No space left on device" in output + cause:
+            return Surroundings(
+                f"{layer}: the disk of {folder} is full",
                 cause,
                 hint=f"make room (3 GB are enough), {again}",
             )
         if any(sign in output for sign in OFFLINE):
-            return Failure(
+            return Surroundings(
                 f"{layer}: something could not be fetched", *lines[-5:], hint=f"check the network, {again}"
             )
         return Failure(

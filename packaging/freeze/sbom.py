@@ -9,6 +9,7 @@ import re
 import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from toolchain import TARGET
 
@@ -30,14 +31,20 @@ LICENCE_OF_SOURCE = {
 # What those sources and wheels carry inside, in the version of their carrier.
 CARRIED = {
     "python3.11": {"expat": "MIT", "libmpdec": "BSD-2-Clause"},
+    # third_party of grpcio 1.85.1's source archive
     "grpcio": {
         "abseil-cpp": "Apache-2.0",
-        "boringssl": "OpenSSL AND ISC",
+        "address_sorting": "BSD-3-Clause",
+        "boringssl": "Apache-2.0",
         "c-ares": "MIT",
         "re2": "BSD-3-Clause",
         "upb": "BSD-3-Clause",
+        "utf8_range": "MIT",
+        "xxhash": "BSD-2-Clause",
         "zlib": "Zlib",
     },
+    # what it links into every program
+    "ziglang": {"compiler-rt": "MIT", "libunwind": "Apache-2.0 WITH LLVM-exception"},
 }
 CLASSIFIED = {
     "Apache Software License": "Apache-2.0",
@@ -107,9 +114,11 @@ def _carried(carrier: str, version: str) -> list[dict[str, Any]]:
 def _c_parts(job: Freeze) -> list[dict[str, Any]]:
     parts = []
     for name, source in job.locked.items():
-        purl = f"pkg:deb/debian/{name}@{source.version}?arch=source&distro=bookworm"
+        purl = f"pkg:deb/debian/{name}@{quote(source.version, safe=':~')}?arch=source&distro=bookworm"
         parts.append(_part("c", name, source.version, LICENCE_OF_SOURCE[name], purl))
         parts.extend(_carried(name, source.version))
+    zig = next(job.tools.folder.glob("ziglang-*.dist-info")).name.removesuffix(".dist-info")
+    parts.extend(_carried(*zig.split("-")))
     return parts
 
 
@@ -132,18 +141,39 @@ def python_parts(stage: Path) -> list[dict[str, Any]]:
 
 
 def _rust_parts(job: Freeze) -> list[dict[str, Any]]:
-    found = {}
+    """The crates that are linked in: not those that only build or test (macros, build scripts, proptest)."""
+    std = job.tools.rust.split()[1]
+    found = {("std", std): _part("rust", "std", std, "MIT OR Apache-2.0", f"pkg:generic/rust-std@{std}")}
     for crate in (job.root / "native", job.root / "packaging/executable"):
         command = ["cargo", "metadata", "--format-version", "1", "--locked", "--filter-platform", TARGET]
         listed = json.loads(job.cache.run("sbom", command, cwd=crate))
-        used = {node["id"] for node in listed["resolve"]["nodes"]}
-        for package in listed["packages"]:
-            if package["id"] not in used or package["source"] is None:
+        packages = {package["id"]: package for package in listed["packages"]}
+        for package in map(packages.__getitem__, _linked(listed, packages)):
+            if package["source"] is None:
                 continue
             name, version = package["name"], package["version"]
             licence = _expression(package["license"] or "LicenseRef-file")
             found[name, version] = _part("crates.io", name, version, licence, f"pkg:cargo/{name}@{version}")
     return list(found.values())
+
+
+def _linked(listed: dict[str, Any], packages: dict[str, Any]) -> set[str]:
+    """The ids that the workspace's own crates reach by normal dependencies, from `cargo metadata`."""
+    needs = {
+        node["id"]: [
+            need["pkg"] for need in node["deps"] if any(kind["kind"] is None for kind in need["dep_kinds"])
+        ]
+        for node in listed["resolve"]["nodes"]
+    }
+    reached: set[str] = set()
+    waiting = list(listed["workspace_members"])
+    while waiting:
+        crate = waiting.pop()
+        macro = any("proc-macro" in target["kind"] for target in packages[crate]["targets"])
+        if crate not in reached and not macro:
+            reached.add(crate)
+            waiting.extend(needs[crate])
+    return reached
 
 
 def _expression(licence: str) -> str:

@@ -47,21 +47,33 @@ def read_lock(path: Path) -> dict[str, Source]:
         if name:
             found[name] = Source(name, version, tuple(files))
 
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise Failure(
+            f"{path.name} cannot be read: {error}", hint="git checkout packaging/sources.lock"
+        ) from None
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or line.startswith("#"):
             continue
-        if len(words) != 2 or (line.startswith(" ") and not re.fullmatch("[0-9a-f]{64}", words[0])):
+        file = line.startswith(" ")
+        if (
+            len(words) != 2
+            or (file and (not name or "/" in words[1] or not re.fullmatch("[0-9a-f]{64}", words[0])))
+            or (not file and words[0] not in PACKAGES)
+        ):
             raise Failure(
                 f"{path.name}:{number} is not understood: {line}", hint="make lock-sources renews it"
             )
-        if line.startswith(" "):
+        if file:
             files.append((words[1], words[0]))
         else:
             close()
             name, version, files = words[0], words[1], []
     close()
-    if missing := [package for package in PACKAGES if not found.get(package, Source("", "", ())).files]:
+    whole = {name for name, source in found.items() if any(file.endswith(".dsc") for file, _ in source.files)}
+    if missing := [package for package in PACKAGES if package not in whole]:
         raise Failure(f"{path.name} lacks {', '.join(missing)}", hint="make lock-sources renews it")
     return found
 

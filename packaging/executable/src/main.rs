@@ -157,7 +157,7 @@ fn _frozen(py: Python<'_>, module: &PyModule) -> PyResult<()> {
 /// What is wrong with the program's file, or None.
 #[pyfunction]
 fn damage() -> Option<String> {
-    parts::damage()
+    parts::damage().map(Into::into)
 }
 
 /// `sys.excepthook`, from before the first import on: the last resort below what `flanctl/cli.py` catches.

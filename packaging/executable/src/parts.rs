@@ -7,6 +7,7 @@
 //! Numbers are little endian; parts begin at multiples of `ALIGNMENT`. `packaging/freeze/assemble.py` writes it.
 
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::io::AsRawFd;
@@ -80,8 +81,14 @@ impl Parts {
         // SAFETY: a new private mapping, never unmapped or written. Nobody can write to a running program's file
         // (ETXTBSY), so it does not change beneath us.
         unsafe {
-            let start =
-                libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, libc::MAP_PRIVATE, self.file.as_raw_fd(), offset);
+            let start = libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ,
+                libc::MAP_PRIVATE,
+                self.file.as_raw_fd(),
+                offset,
+            );
             if start == libc::MAP_FAILED {
                 return Err(std::io::Error::last_os_error().to_string());
             }
@@ -90,16 +97,16 @@ impl Parts {
     }
 }
 
-/// Reads the whole file; what is wrong with it, or None where it is as it was made. Allocates nothing, so that a signal
-/// handler can call it (but for the text of a failure).
-pub fn damage() -> Option<String> {
+/// Reads the whole file; what is wrong with it, or None where it is as it was made. Allocates nothing where it can be read
+/// and is as long as it should be, so that a signal handler can call it.
+pub fn damage() -> Option<Cow<'static, str>> {
     let file = match File::open("/proc/self/exe") {
         Ok(file) => file,
-        Err(error) => return Some(error.to_string()),
+        Err(error) => return Some(error.to_string().into()),
     };
     let (end, at) = match trailer(&file) {
         Ok(found) => found,
-        Err(why) => return Some(why),
+        Err(why) => return Some(why.into()),
     };
     let mut hash = Sha256::new();
     let mut block = [0; 32 << 10];
@@ -112,7 +119,7 @@ pub fn damage() -> Option<String> {
                 hash.update(&block[..got]);
                 done += got as u64;
             }
-            Err(error) => return Some(error.to_string()),
+            Err(error) => return Some(error.to_string().into()),
         }
     }
     (hash.finalize()[..] != end[..32]).then(|| "its content was altered".into())
