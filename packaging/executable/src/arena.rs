@@ -41,8 +41,14 @@ extern "C" fn free(_: *mut c_void, start: *mut c_void, size: usize) {
     unsafe { libc::munmap(start, size) };
 }
 
+/// glibc's malloc gives each new thread an arena of its own, eight for each core; an agent's threads are many and need
+/// little, and what one frees another does not get.
+const MALLOC_ARENAS: libc::c_int = 2;
+
 /// To be called before the interpreter is initialised.
 pub fn install() {
+    // SAFETY: a setting, made before there is a second thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, MALLOC_ARENAS) };
     let mut allocator = ArenaAllocator { context: std::ptr::null_mut(), alloc, free };
     // SAFETY: CPython copies the structure.
     unsafe { PyObject_SetArenaAllocator(&mut allocator) };
