@@ -35,8 +35,8 @@ def start() -> None:
 
     import _frozen  # a built-in module, packaging/executable/src/main.rs
 
-    # With the usual 700 a command spends a fifth of its start looking for garbage among classes that stay. An agent
-    # still collects, after 50,000 new objects (about 5 MB).
+    # With the usual 700 a command spends a fifth of its start looking for garbage among classes that stay. An agent goes
+    # back to it once it is ready.
     gc.set_threshold(50_000)
     for stream in _frozen.closed:
         setattr(sys, stream, None)  # as Python has it where nobody opens /dev/null beforehand

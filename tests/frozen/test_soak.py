@@ -3,8 +3,7 @@
 Traffic is a UDP and a TCP stream between two containers, pings, and a registry that changes all the time: leases of other
 hosts come and go, so that watches tell, routes change and the peer table is rebuilt. etcd restarts once.
 
-Python's garbage in cycles is collected after 50,000 objects (flanctl/frozen.py), so memory goes up and down by some MB: the highest
-points of two stretches are compared, each long enough for several collections.
+Memory goes up and down by some MB with garbage and buffers: the highest points of two stretches are compared.
 """
 
 from __future__ import annotations
