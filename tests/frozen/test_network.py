@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -170,11 +169,6 @@ def test_a_client_certificate(mutual):
 BUNDLES = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"]
 
 
-@pytest.mark.xfail(
-    not Path("flanctl/registry/stores/tls.py").exists(),
-    reason="nothing looks for the system's CAs yet",
-    strict=True,
-)
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bundle", BUNDLES)

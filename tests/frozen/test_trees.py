@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -115,13 +114,6 @@ def bare(tree):
     aside.rmdir()
 
 
-NOT_SAID_YET = pytest.mark.xfail(
-    not Path("flanctl/registry/stores/tls.py").exists(),
-    reason="the agent does not say yet by which way it asks etcd",
-    strict=True,
-)
-
-
 def in_host(host, *words):
     done = subprocess.run(
         host.command(list(words)), env=ENVIRONMENT, capture_output=True, text=True, check=False
@@ -130,7 +122,6 @@ def in_host(host, *words):
     return done.stdout
 
 
-@NOT_SAID_YET
 @pytest.mark.needs("etcd34")
 def test_without_libstdcxx_the_agent_goes_over_the_gateway_and_says_so(bare, tmp_path):
     log = tmp_path / "log"
