@@ -226,7 +226,7 @@ class Freeze:
             (
                 *sources,
                 *text_of(bzl, self.root / "packaging/freeze/compiled.py"),
-                recipe(build),
+                recipe(build, _anywhere, Freeze._name_members),
                 about,
                 str(import_time),
             )
@@ -296,7 +296,7 @@ class Freeze:
 
         layer = Layer(
             "executable",
-            (*text_of(link), recipe(build), native[1], self.tools.key, self.tools.rust)
+            (*text_of(link), recipe(build, _watched), native[1], self.tools.key, self.tools.rust)
             + text_of(crate / "src", crate / "build.rs", crate / "Cargo.toml", crate / "Cargo.lock"),
             build,
         )

@@ -288,6 +288,6 @@ def text_of(*paths: Path) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def recipe(build: Callable[[Path], None]) -> str:
-    """The text of a layer's build function, as one of the layer's inputs."""
-    return inspect.getsource(build)
+def recipe(*functions: Callable[..., object]) -> str:
+    """The text of a layer's build function and of what it calls, as one of the layer's inputs."""
+    return "".join(map(inspect.getsource, functions))
