@@ -210,10 +210,11 @@ class Cache:
             return Surroundings(
                 f"{layer}: something could not be fetched", *lines[-5:], hint=f"check the network, {again}"
             )
+        log = self.logs / f"{layer}.log"
         return Failure(
             f"{layer}: {cause}",
             *lines,
-            f"(all of it: {self.logs / layer}.log)",
+            *([f"(all of it: {log})"] if log in self._logged else []),
             hint=hint or f"mend what the lines above say, {again}",
         )
 

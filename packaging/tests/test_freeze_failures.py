@@ -368,8 +368,9 @@ def test_what_a_killed_freeze_left_beside_the_result_goes(job, tmp_path):
 
 def test_the_folder_that_cannot_be_written_is_named(job, tmp_path):
     (tmp_path / "dist").write_text("a file")
-    with pytest.raises(Failure, match=rf"^result: cannot write to {tmp_path}/dist: "):
+    with pytest.raises(Failure, match=rf"^result: cannot write to {tmp_path}/dist: ") as caught:
         application._once(job, tmp_path / "dist")
+    assert caught.value.details == (), "no log is named that nobody wrote"
 
 
 # ---- cargo ----------------------------------------------------------------------------------------------------------
