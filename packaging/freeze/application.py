@@ -366,7 +366,8 @@ def freeze(
             "cargo-executable",
             "link",
         ):
-            (cache.folder / name).rename(first / name)
+            if (cache.folder / name).exists():
+                (cache.folder / name).rename(first / name)
         again = _once(job, out)
         if again != digest:
             raise Failure(

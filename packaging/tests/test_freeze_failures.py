@@ -373,6 +373,41 @@ def test_the_folder_that_cannot_be_written_is_named(job, tmp_path):
     assert caught.value.details == (), "no log is named that nobody wrote"
 
 
+@pytest.fixture
+def small_freeze(job, monkeypatch):
+    """application.freeze over the small layers."""
+    monkeypatch.setattr(application, "Freeze", lambda *_: job)
+
+    def run(out, *, twice=True):
+        application.freeze(job.cache, job.tools, job.root, (job.folder, "key"), job.locked, out, twice=twice)
+
+    return run
+
+
+def test_two_builds_that_are_the_same(small_freeze, cache, tmp_path, capsys):
+    (cache.folder / "native").mkdir()
+    small_freeze(tmp_path / "dist")
+    assert "both builds are the same" in capsys.readouterr().err
+    assert not (cache.folder / "first").exists()
+    assert not (cache.folder / "native").exists(), "the second build began from nothing"
+
+
+def test_of_two_builds_that_differ_both_can_be_looked_at(small_freeze, job, cache, tmp_path, monkeypatch):
+    (cache.folder / "native").mkdir()
+    (cache.folder / "native/first").write_text("")
+    builds = iter(["one", "other"])
+
+    def resources(dependencies):
+        (job.folder / "packed-resources").write_text(next(builds))
+        return job.folder
+
+    monkeypatch.setattr(job, "resources", resources)
+    with pytest.raises(Failure, match="the two builds differ") as caught:
+        small_freeze(tmp_path / "dist")
+    assert str(cache.folder / "first") in caught.value.hint
+    assert (cache.folder / "first/native/first").exists()
+
+
 # ---- cargo ----------------------------------------------------------------------------------------------------------
 
 
