@@ -21,7 +21,7 @@ test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last o
 	@scripts/need test
 	@$(PY) -m tests.support.etcd || echo "etcd 3.7 could not be built; its tests will say so"
 	cd native && cargo test --quiet --workspace --locked
-	$(PYTEST)
+	$(PYTEST) $(ARGS)
 
 # The tests that start flanctl as a process, told by FLANCTL_EXE which file that is, and those of the file itself.
 FROZEN := tests/frozen tests/packages packaging/tests tests/unit/test_entry.py tests/unit/commands tests/unit/compat \
