@@ -472,7 +472,8 @@ def test_a_host_joins_leaves_and_its_subnet_moves_to_another(tmp_path: Path) -> 
         three = join(lab, folder)
         until(lambda: arrives(one.container, three.container.address), what="one reaches three")
         address, network = three.container.address, three.network
-        assert arrives(three.container, two.container.address)
+        # The host `two` hears of it by a watch of its own, perhaps later than `one`.
+        until(lambda: arrives(three.container, two.container.address), what="three reaches two")
         # leaves: its lease is deleted by the operator, because stopping keeps it
         assert three.agent.terminate() == 0
         with closing(registry(folder)) as store:
