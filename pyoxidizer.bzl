@@ -1,6 +1,5 @@
 # What is frozen into dist/flanctl: the standard library, the packages, and how the interpreter starts. `make freeze` hands in
-# DIST and DIST_SHA256 (our static CPython), STAGE (a folder of installed packages), PACKAGES (their names, with commas) and
-# IMPORT_TIME ("1": a build that prints what each import costs).
+# DIST and DIST_SHA256 (our static CPython), STAGE (a folder of installed packages) and PACKAGES (their names, with commas).
 
 def bytecode_only(policy, resource):
     # include_distribution_sources = False would drop the modules altogether, not just their source.
@@ -44,7 +43,6 @@ def make_exe():
     config.allocator_backend = "default"
     config.multiprocessing_start_method = "none"
     config.sys_frozen = True
-    config.import_time = VARS.get("IMPORT_TIME") == "1"
     config.terminfo_resolution = "none"  # or every child process inherits a TERMINFO_DIRS of ours
     config.utf8_mode = True  # "isolated" ignores the locale: without this stdout is ASCII where LANG is not set
     config.install_signal_handlers = True  # "isolated" installs none: Ctrl-C would end it without a word and without clean-up

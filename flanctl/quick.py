@@ -46,7 +46,7 @@ def flags(words: Sequence[str]) -> dict[str, str] | None:
 def subnets_ls(words: Sequence[str]) -> int | None:
     """Run `flanctl subnets ls` with these words behind it; its exit code, or None where cli.py must."""
     given = flags(words)
-    if given is None or any(name.endswith("_COMPLETE") for name in os.environ):
+    if given is None or "_FLANCTL_COMPLETE" in os.environ:
         return None
     form = given.pop(WRITE_OUT, os.environ.get("FLANCTL_WRITE_OUT", "table"))
     if form not in FORMS:

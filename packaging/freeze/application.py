@@ -154,7 +154,7 @@ class Freeze:
         )
         return self.cache.have(layer) / "native.o", layer.key
 
-    def resources(self, dependencies: Path, *, import_time: bool = False) -> Path:
+    def resources(self, dependencies: Path) -> Path:
         """PyOxidizer's part: bytecode of everything, libpython, the interpreter's settings."""
         bzl = self.root / "pyoxidizer.bzl"
         package = self.root / "flanctl"
@@ -183,7 +183,6 @@ class Freeze:
                 "DIST_SHA256": digest,
                 "STAGE": str(stage),
                 "PACKAGES": ",".join(names),
-                "IMPORT_TIME": "1" if import_time else "",
             }
             command = [
                 self.tools.pyoxidizer,
@@ -228,7 +227,6 @@ class Freeze:
                 *text_of(bzl, self.root / "packaging/freeze/compiled.py"),
                 recipe(build, _anywhere, Freeze._name_members),
                 about,
-                str(import_time),
             )
             + (self.distribution_key, self.tools.key, dependencies.name),
             build,

@@ -310,7 +310,7 @@ class Small(Freeze):
     def native(self):
         return self.folder / "native.o", "key"
 
-    def resources(self, dependencies, *, import_time=False):
+    def resources(self, dependencies):
         return self.folder
 
     def executable(self, resources, native):

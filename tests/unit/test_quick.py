@@ -106,3 +106,14 @@ def test_click_is_not_imported_for_it(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("0 False\n", "")
+
+
+def test_a_warning_is_heard_by_both_ways(tmp_path):
+    """A password on the command line: everyone on the host reads it."""
+    registry = f"sqlite:{tmp_path / 'registry.db'}"
+    assert flanctl("net", "init", "--network", "172.31.0.0/16", "--endpoints", registry).code == 0
+    words = ["--user", "root:x", "-w", "simple"]
+    plain = flanctl("subnets", "ls", *words, "--endpoints", registry)
+    slow = flanctl("--endpoints", registry, "subnets", "ls", *words)
+    assert plain == slow
+    assert plain.err.startswith("warning: ")
