@@ -12,31 +12,31 @@ device, routes, rules and lease in place, so that traffic flows through a restar
 from __future__ import annotations
 
 import enum
-import fcntl
 import gc
 import os
 import queue
 import secrets
-import signal
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
-from flanctl.agent import known as known_file
-from flanctl.agent import state as state_file
 from flanctl.agent.answers import Answers
 from flanctl.agent.known import Known
+from flanctl.agent.lock import lock, refuse_locked
 from flanctl.agent.log import MINUTE, Repeated
+from flanctl.agent.memory import Memory
+from flanctl.agent.messages import LinkChanged, Message, PathFailed, Reload, ShowCounters, Stop
 from flanctl.agent.meters import MeteredStore
 from flanctl.agent.observer import TURN, Observer
+from flanctl.agent.problems import Problems, clone, config_problems, unreadable
+from flanctl.agent.signals import Signals, StopRequested
 from flanctl.agent.snapshot import FAIL
 from flanctl.agent.state import State
 from flanctl.agent.status_api import StatusApi, bound
 from flanctl.agent.supervisor import Crew, WorkerFailed
+from flanctl.agent.telling import hint, hours, tell_changes
 from flanctl.errors import (
     Conflict,
     FlanctlError,
@@ -46,13 +46,13 @@ from flanctl.errors import (
     NotPermitted,
     RegistryUnreachable,
 )
-from flanctl.files import make_directory, sweep, write_atomically
+from flanctl.files import sweep, write_atomically
 from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.network_config import NetworkConfig
 from flanctl.model.peers import Problem, peers_of
 from flanctl.model.subnet_file import SubnetFile
 from flanctl.registry.announcements import AnnounceFailed, Announcement, Announcer, CloneSeen
-from flanctl.registry.config import config_key, no_config, read_config
+from flanctl.registry.config import config_key, read_config
 from flanctl.registry.leases import (
     LEASE_TTL,
     Acquired,
@@ -66,12 +66,10 @@ from flanctl.registry.leases import (
 )
 from flanctl.registry.peers import ConfigSeen, Follower, FollowerReport, PeersChanged, RegistryDoubted
 from flanctl.registry.stores.store import Put
-from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from types import FrameType
 
     from flanctl.agent.backends.base import Backend
     from flanctl.agent.kernel.rules import IptablesRules
@@ -81,8 +79,7 @@ if TYPE_CHECKING:
     from flanctl.clock import Clock
     from flanctl.model.dialect import Dialect
     from flanctl.model.peers import Peer
-    from flanctl.registry.leases import UnreadableLease
-    from flanctl.registry.stores.store import Delete, Entry, Store
+    from flanctl.registry.stores.store import Delete, Store
 
 STOP_SECONDS = 2.5
 """For all workers together; with the backend's 2 s the agent keeps its promise of 5 s."""
@@ -97,9 +94,6 @@ REMEMBER_SECONDS = 5.0
 """Between two writings of what we know, while it changes; it is written when the agent stops, too."""
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
-MANY_CHANGES = 10
-"""More peers than this coming and going at once make one log line, more problems one more."""
-_NOWHERE = IPv4Network("0.0.0.0/32")
 
 
 class Phase(enum.Enum):
@@ -134,55 +128,8 @@ class Options:
     """Address and port for HTTP; None: only the unix socket."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Somebody wants us to end; `reason` is the signal's name."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PathFailed:
-    """The data plane ended by itself."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShowCounters:
-    """SIGUSR1: log the packet counters."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinkChanged:
-    """Our device or the underlay changed: compare with what is wanted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reload:
-    """SIGHUP: nothing is read again but the machine, which is compared at once."""
-
-
-Message = (
-    Stop
-    | PathFailed
-    | ShowCounters
-    | Reload
-    | LinkChanged
-    | WorkerFailed
-    | FollowerReport
-    | KeeperReport
-    | CloneSeen
-    | AnnounceFailed
-)
-
-
 class _StartOver(Exception):
     """What we knew last is of no use here after all: wait for the registry."""
-
-
-class StopRequested(Exception):
-    """Raised by the signal handler while the start waits for the registry."""
 
 
 def _settle() -> None:
@@ -227,8 +174,7 @@ class Agent:
         self._leases = Leases(store, options.prefix, dialect, clock)
         self._repeated = Repeated(clock)
         self._waits = Repeated(clock, every=MINUTE if options.patient else None)
-        self._interruptible = False
-        self._stop_reason: str | None = None
+        self._signals = Signals(self._inbox.put)
         self._peers: tuple[Peer, ...] | None = None
         self._words: Announcement
         self._config_text = b""
@@ -242,13 +188,8 @@ class Agent:
         self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
         self._follower: Follower
-        self._problems: dict[str, tuple[Problem, ...]] = {}
-        self.problems: tuple[Problem, ...] = ()
-        """What is wrong in the registry as this host sees it, by id and subnet; replaced whole, read from any thread.
-
-        Ids: duplicate-ip, overlap, outside-network, other-backend, bad-public-ip (model/peers.py), bad-key, bad-value,
-        clone, config-changed, config-invalid, no-config, registry-doubted, bad-state. How bad each is: snapshot.py.
-        """
+        self.problems = Problems(log, self._observer.noted)
+        self._memory = Memory(options.state_dir, options.subnet_file, log, self.problems)
         self._drops: dict[str, int] = {}
         self._failures: dict[str, list[float]] = {}
         self._looked = 0.0
@@ -280,7 +221,7 @@ class Agent:
 
     def _refuse_unwritable(self) -> None:
         """Now, and not when lease and device are there: files that could never be written."""
-        for path in self._files():
+        for path in self._memory.files:
             folder = path.parent if path.parent.exists() else path.parent.parent
             if not folder.is_dir():
                 raise NotFound(
@@ -303,10 +244,6 @@ class Agent:
                 id="healthz-port",
             ) from None
 
-    def _files(self) -> tuple[Path, ...]:
-        state_dir = self._options.state_dir
-        return self._options.subnet_file, state_dir / state_file.FILE, state_dir / known_file.FILE
-
     def _introduce(self, config: NetworkConfig, machine: Machine) -> None:
         for sentence in (*config.warnings, *machine.underlay.warnings, *machine.warnings):
             self._log.warn(sentence)
@@ -321,7 +258,7 @@ class Agent:
     def run(self) -> None:
         """Start, serve until told to stop, stop. Raises LeaseLost, or the error that ended it."""
         began = self._clock.now()
-        with _signals(self._on_signal), lock(self._options.run_dir):
+        with self._signals.handled(), lock(self._options.run_dir):
             machine: Machine | None = None
             lease = ""
             try:
@@ -338,7 +275,7 @@ class Agent:
                         self._observer.introduced(config, machine)
                         machine.backend.check()
                         # ---------------------------------------------------------- from here on we act
-                        for path in self._files():
+                        for path in self._memory.files:
                             sweep(path)
                         self._live(config, machine)
                         break
@@ -360,7 +297,7 @@ class Agent:
             except LeaseLost as error:
                 lease = "lost"
                 self._observer.lost(error)
-                known_file.forget(self._options.state_dir)
+                self._memory.forget_known()
                 self._log.error(
                     f"lease lost: {error.message}; stopping with {error.exit_code}, kernel state stays",
                     id=error.id,
@@ -385,7 +322,7 @@ class Agent:
                 self._log.info(
                     "stopped",
                     after=f"{self._clock.now() - asked:.1f}s",
-                    reason=self._stop_reason or "failure",
+                    reason=self._signals.stop_reason or "failure",
                     lease=lease or "none",
                     ran=f"{asked - began:.0f}s",
                 )
@@ -434,14 +371,14 @@ class Agent:
             self._notify.status(status)
 
     def _live(self, config: NetworkConfig, machine: Machine) -> None:
-        found = self._remember()
+        found = self._memory.state()
         remembered = found or State.new()
         held = self._acquire(config, machine, remembered) if self._known is None else self._resume(machine)
         self._observer.leased(held)
         self.phase = Phase.LEASED
         self._turn()
         subnet = held.lease.subnet
-        self._save(replace(remembered, prefix=self._options.prefix, subnet=subnet))
+        self._memory.save_state(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
         self._start_workers(held, machine, remembered, first=found is None)
@@ -467,7 +404,7 @@ class Agent:
             wait = min(turn, max(0.0, soon - self._clock.now()))
             for message in self._messages(wait):
                 dirty |= self._take(message, config, machine, held)
-                if self._stop_reason is not None:
+                if self._signals.stop_reason is not None:
                     return
             tick = self._clock.now() >= due or self._reload
             self._reload = False
@@ -494,13 +431,15 @@ class Agent:
         """One message. True if it makes an `apply` due."""
         match message:
             case Stop(reason):
-                self._stop_reason = reason
+                self._signals.stop_reason = reason
             case ShowCounters():
                 self._log.info("counters", **{name: n for name, n in machine.backend.counters().items() if n})
             case PeersChanged():
                 return self._learn(config, machine, held)
             case ConfigSeen(entry):
-                self._note("config", self._compare(config, held, entry))
+                self.problems.note(
+                    "config", config_problems(self._options.prefix, config, held.lease.subnet, entry)
+                )
             case LinkChanged():
                 self._link_changed = True
             case Reload():
@@ -525,11 +464,11 @@ class Agent:
         """The network's config; waits for etcd and for the key, as flanneld does, but says what for."""
         while True:
             try:
-                with self._waiting():
+                with self._signals.waiting():
                     stored = read_config(self._store, self._options.prefix, self._dialect)
             except (RegistryUnreachable, NotFound) as error:
                 if isinstance(error, RegistryUnreachable) and (config := self._known_config()) is not None:
-                    self._log.warn(f"registry: {error.message}", **_hint(error))
+                    self._log.warn(f"registry: {error.message}", **hint(error))
                     return config
                 self._wait_on(error)
                 continue
@@ -553,7 +492,7 @@ class Agent:
         if not self._known_is_of_use:
             return None
         try:
-            known = known_file.load(self._options.state_dir)
+            known = self._memory.known()
             if known is None or known.prefix != self._options.prefix:
                 return None
             dialect = self._dialect or known.dialect
@@ -584,7 +523,7 @@ class Agent:
         machine.backend.prepare()
         self._log.warn(
             f"going on with what we knew last: {lease.subnet}, {len(known.peers)} peers; packets flow",
-            lease_left=_hours(left),
+            lease_left=hours(left),
         )
         ends = None if left is None else self._clock.now() + left
         return Acquired(lease, known.entry, "kept", ends=ends)
@@ -597,13 +536,7 @@ class Agent:
         ends = None if held.ends is None else time.time() + held.ends - self._clock.now()
         known = Known(self._options.prefix, self._spoken, self._config_text, held.entry, ends, self._peers)
         self._saved, self._unsaved = self._clock.now(), False
-        try:
-            known_file.save(self._options.state_dir, known)
-        except FlanctlError as error:
-            words = f"a restart during an outage will have to wait for the registry: {error.message}"
-            self._note("known", (Problem("bad-state", None, words),))
-        else:
-            self._note("known", ())
+        self._memory.save_known(known)
 
     def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
         """Our lease. An outage in the middle is waited out; what was written meanwhile is found again."""
@@ -613,10 +546,10 @@ class Agent:
             backend_type=prepared.backend_type,
             backend_data=prepared.backend_data,
         )
-        previous = self._previous(remembered)
+        previous = self._memory.subnets(remembered, self._options.prefix)
         while True:
             try:
-                with self._waiting():
+                with self._signals.waiting():
                     held = self._leases.acquire(
                         config, attributes, previous=previous, ttl=self._options.lease_ttl
                     )
@@ -625,7 +558,7 @@ class Agent:
                 continue
             for sentence in held.notes:
                 self._log.warn(sentence)
-            self._log.info(f"lease {held.lease.subnet} {held.how}", ttl=_hours(held.lease.ttl))
+            self._log.info(f"lease {held.lease.subnet} {held.how}", ttl=hours(held.lease.ttl))
             return held
 
     def _wait_on(self, error: FlanctlError) -> None:
@@ -633,14 +566,14 @@ class Agent:
         key = config_key(self._options.prefix)
         if count := self._waits.worth_saying(error.id):
             self._log.warn(
-                "; ".join([f"waiting: {error.message}", *error.details]), tries=count, **_hint(error)
+                "; ".join([f"waiting: {error.message}", *error.details]), tries=count, **hint(error)
             )
         waited = self._observer.waiting(error)
         self._turn()
         self._notify.waiting(
             f"waiting for {key} ({waited / 60:.0f}m): {error.message}", seconds=RETRY_SECONDS + 60
         )
-        with self._waiting():
+        with self._signals.waiting():
             self._clock.wait(threading.Event(), RETRY_SECONDS)
 
     def _worth_waiting(self, error: FlanctlError) -> bool:
@@ -648,39 +581,6 @@ class Agent:
         conflict = isinstance(error, Conflict) and error.id not in FATAL
         mendable = conflict or error.id == "backend-unsupported"
         return self._options.patient and self.phase is Phase.STARTING and mendable
-
-    def _remember(self) -> State | None:
-        """Our state file; None where there is none, or one that cannot be read (said): it is made anew then, from
-        subnet.env and what the registry has in our name.
-        """
-        try:
-            return state_file.load(self._options.state_dir)
-        except FlanctlError as error:
-            self._log.warn(f"{error.message}; starting a new one", id="bad-state")
-            return None
-
-    def _save(self, state: State) -> None:
-        """Remember our subnet. A full or broken disk must not keep packets from flowing: subnet.env and the registry
-        remember it too.
-        """
-        try:
-            state_file.save(self._options.state_dir, state)
-        except FlanctlError as error:
-            words = f"our subnet is not remembered over a reboot: {error.message}"
-            self._note("state", (Problem("bad-state", None, words),))
-
-    def _previous(self, remembered: State) -> list[IPv4Network]:
-        """Subnets we had, the surest memory first. /run is empty after a reboot, a state directory is not."""
-        previous = []
-        if remembered.prefix == self._options.prefix and remembered.subnet is not None:
-            previous.append(remembered.subnet)
-        try:
-            previous.append(SubnetFile.parse(self._options.subnet_file.read_bytes()).subnet)
-        except OSError:
-            pass
-        except Invalid as error:
-            self._log.warn(f"{self._options.subnet_file} is not used: {error.message}")
-        return previous
 
     def _start_workers(self, held: Acquired, machine: Machine, remembered: State, *, first: bool) -> None:
         public_ip = machine.underlay.public_ip
@@ -773,89 +673,14 @@ class Agent:
             memo=self._memo,
         )
         self._observer.learned(table)
-        self._note("keys", tuple(map(_unreadable, table.unreadable)))
-        self._note("leases", problems)
+        self.problems.note("keys", tuple(map(unreadable, table.unreadable)))
+        self.problems.note("leases", problems)
         if self._peers is not None and peers != self._peers:
-            self._tell_changes(self._peers, peers, table.revision)
+            tell_changes(self._log, self._peers, peers, table.revision)
         changed = peers != self._peers
         self._peers = peers
         self._unsaved |= changed
         return changed
-
-    def _compare(self, config: NetworkConfig, held: Acquired, entry: Entry | None) -> tuple[Problem, ...]:
-        """How the config in the registry differs from the one we run with, which counts until the next start."""
-        stay = "this agent goes on with the one it started with"
-        if entry is None:
-            return (
-                Problem("no-config", None, f"{no_config(self._options.prefix).message} any more; {stay}"),
-            )
-        try:
-            now = NetworkConfig.parse(entry.value, config.dialect, name=entry.key, strict=False)
-        except Invalid as error:
-            words = f"{error.message} (revision {entry.revision}); {stay}"
-            return (Problem("config-invalid", None, words),)
-        if now == config:
-            return ()
-        before, after = config.effective(), now.effective()
-        changes = [
-            f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]
-        ]
-        words = f"{entry.key} was changed at revision {entry.revision}: {', '.join(changes)}; {stay}"
-        if not now.accepts(held.lease.subnet):
-            words += f", and our subnet {held.lease.subnet} has no place in the new one"
-        return (Problem("config-changed", None, words),)
-
-    def _note(self, source: str, found: tuple[Problem, ...]) -> None:
-        """What is wrong by one source's word. Said when it comes and when it goes, and counted, not repeated."""
-        before = self._problems.get(source, ())
-        if found == before:
-            return
-        self._problems[source] = found
-        self.problems = tuple(
-            sorted(
-                (problem for some in self._problems.values() for problem in some),
-                key=lambda problem: (problem.id, problem.subnet or _NOWHERE, problem.message),
-            )
-        )
-        self._observer.noted(self.problems)
-        known = {(problem.id, problem.message) for problem in before}
-        there = {(problem.id, problem.message) for problem in found}
-        new = [problem for problem in found if (problem.id, problem.message) not in known]
-        over = [problem for problem in before if (problem.id, problem.message) not in there]
-        for problem in new[:MANY_CHANGES]:
-            self._log.warn(problem.message, id=problem.id)
-        if len(new) > MANY_CHANGES:
-            self._log.warn(
-                f"{len(new) - MANY_CHANGES} more of the kind", id=new[-1].id, in_all=len(self.problems)
-            )
-        for problem in over[:MANY_CHANGES]:
-            self._log.info(f"over: {problem.message}", id=problem.id)
-        if len(over) > MANY_CHANGES:
-            self._log.info(
-                f"over: {len(over) - MANY_CHANGES} more", id=over[-1].id, in_all=len(self.problems)
-            )
-
-    def _tell_changes(self, before: tuple[Peer, ...], after: tuple[Peer, ...], revision: int) -> None:
-        """A line for each change, or one for all when there are many."""
-        # By identity first (peers_of's memo): to hash ten thousand peers at each event takes longer than all the rest.
-        there, were = set(map(id, after)), set(map(id, before))
-        left = {peer for peer in before if id(peer) not in there}
-        came = {peer for peer in after if id(peer) not in were}
-        gone, new = left - came, came - left
-        if len(gone) + len(new) > MANY_CHANGES:
-            self._log.info(
-                "peers changed", added=len(new), removed=len(gone), revision=revision, peers=len(after)
-            )
-            return
-        for word, peers in (("removed", gone), ("added", new)):
-            for peer in sorted(peers, key=lambda peer: peer.subnet):
-                self._log.info(
-                    f"peer {word}",
-                    subnet=peer.subnet,
-                    public_ip=peer.public_ip,
-                    revision=revision,
-                    peers=len(after),
-                )
 
     def _apply(
         self,
@@ -942,16 +767,16 @@ class Agent:
         match message:
             case LeaseRenewed(held):
                 self._unsaved = True
-                self._log.info(f"lease {held.lease.subnet} renewed", ttl=_hours(held.lease.ttl))
+                self._log.info(f"lease {held.lease.subnet} renewed", ttl=hours(held.lease.ttl))
             case LeaseRestored(held):
                 self._unsaved = True
                 self._log.warn(
                     f"our lease {held.lease.subnet} was gone or rewritten, it stands again",
-                    ttl=_hours(held.lease.ttl),
+                    ttl=hours(held.lease.ttl),
                 )
             case RegistryTrouble(error, _, left):
                 if count := self._repeated.worth_saying("registry"):
-                    known = {} if left is None else {"lease_left": _hours(left)}
+                    known = {} if left is None else {"lease_left": hours(left)}
                     self._log.warn(f"registry: {error.message}; packets go on flowing", tries=count, **known)
                 if left == 0 and (count := self._repeated.worth_saying("lease ended")):
                     self._log.warn(
@@ -969,24 +794,16 @@ class Agent:
                 words = (
                     f"{missing} leases are missing from the registry, and {why}: their routes stay for now"
                 )
-                self._note("doubt", () if why is None else (Problem("registry-doubted", None, words),))
+                self.problems.note(
+                    "doubt", () if why is None else (Problem("registry-doubted", None, words),)
+                )
             case CloneSeen(other):
-                self._note("clone", () if other is None else (self._clone(other),))
+                self.problems.note("clone", () if other is None else (clone(self._words, other),))
             case AnnounceFailed(error):
                 if count := self._repeated.worth_saying("announce"):
                     self._log.warn(f"cannot announce this host: {error.message}", tries=count)
             case _:
                 pass
-
-    def _clone(self, other: Announcement) -> Problem:
-        ours = self._words
-        return Problem(
-            "clone",
-            None,
-            f"another machine announces our address: host {_short(other.host)} (instance {_short(other.instance, 8)}, "
-            f"flanctl {_short(other.version, 20)}) beside this one, {_short(ours.host)} (instance "
-            f"{_short(ours.instance, 8)}); both use one lease",
-        )
 
     def _tell_drops(self, machine: Machine) -> None:
         """Refused packets, summed since the last line, so that a flood makes one line and not a million."""
@@ -995,108 +812,3 @@ class Agent:
             if name.startswith("drop_") and new and self._repeated.worth_saying(name):
                 self._log.warn("packets dropped", reason=name.removeprefix("drop_"), count=new, total=total)
                 self._drops[name] = total
-
-    # ---- signals ------------------------------------------------------------------------------------------------
-
-    def _on_signal(self, number: int) -> None:
-        """Only sets a flag and posts a message; SimpleQueue.put is safe in a handler."""
-        if number in {signal.SIGUSR1, signal.SIGHUP}:
-            self._inbox.put(ShowCounters() if number == signal.SIGUSR1 else Reload())
-            return
-        self._stop_reason = signal.Signals(number).name
-        self._inbox.put(Stop(self._stop_reason))
-        if self._interruptible:
-            raise StopRequested
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Around a wait for the registry during the start: a stop ends it at once."""
-        self._interruptible = True
-        try:
-            if self._stop_reason is not None:
-                raise StopRequested
-            yield
-        finally:
-            self._interruptible = False
-
-
-@contextmanager
-def _signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT stop, SIGUSR1 shows counters, SIGHUP has us look; the former handlers come back."""
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        handler(number)
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
-@contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """One agent per run directory. Raises Conflict naming the other, NotPermitted, NotFound."""
-    path = run_dir / "agent.lock"
-    try:
-        make_directory(run_dir)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        raise NotFound(f"cannot make {run_dir}: there is no directory {run_dir.parent}") from None
-    except OSError as error:
-        raise NotPermitted(f"cannot lock {path}: {error.strerror}", hint="run as root") from None
-    try:
-        _take_lock(handle, path)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        # The kernel lets go of the lock with the descriptor, also after SIGKILL; the file may stay.
-        os.close(handle)
-
-
-def refuse_locked(run_dir: Path) -> None:
-    """Raise Conflict when another agent holds the run directory's lock; leaves nothing behind."""
-    path = run_dir / "agent.lock"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return  # no agent has run here yet; whether we may make the file shows when we do
-    try:
-        _take_lock(handle, path)
-    finally:
-        os.close(handle)
-
-
-def _take_lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "?"
-        raise Conflict(
-            f"another flanctl agent runs on this host (pid {holder}, {path})",
-            hint="stop it first",
-            id="already-running",
-        ) from None
-
-
-def _unreadable(bad: UnreadableLease) -> Problem:
-    """The key's own words in it are cut: it may be a megabyte of hostility."""
-    words = f"skipped unreadable key {_short(bad.key, 200)}: {_short(bad.message, 200)}"
-    return Problem(bad.problem, bad.subnet, words)
-
-
-def _short(text: str, most: int = 64) -> str:
-    return printable(text if len(text) <= most else text[:most] + "…")
-
-
-def _hours(seconds: float | None) -> str:
-    if seconds is None:
-        return "never-ends"
-    return f"{seconds / 3600:.1f}h"
-
-
-def _hint(error: FlanctlError) -> dict[str, str]:
-    return {"try": error.hint} if error.hint else {}

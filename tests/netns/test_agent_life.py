@@ -298,14 +298,21 @@ def refused(place: Place, code: int, *words: str, options: tuple[str, ...] = (),
     assert place.everything() == before
 
 
-def test_a_second_agent_in_the_same_directories_is_refused_by_pid(place: Place) -> None:
+def settled(place: Place) -> RunningAgent:
+    """An agent that has written all its files; known.json is the last, after READY."""
     agent = place.start().wait()
+    until(lambda: any(place.folder.rglob("known.json")))
+    return agent
+
+
+def test_a_second_agent_in_the_same_directories_is_refused_by_pid(place: Place) -> None:
+    agent = settled(place)
     refused(place, 5, "another flanctl agent runs on this host", f"pid {agent.pid}")
     assert agent.terminate() == 0
 
 
 def test_a_second_agent_with_directories_of_its_own_is_refused_by_pid(place: Place) -> None:
-    agent = place.start().wait()
+    agent = settled(place)
     refused(place, 5, "flannel0 is held by ", f"pid {agent.pid}", folder="second")
     refused(place, 5, "another flanctl agent runs on this host", f"pid {agent.pid}", options=("--check",))
     assert agent.terminate() == 0

@@ -24,19 +24,11 @@ import pytest
 
 from flanctl.agent import state as state_file
 from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
-from flanctl.agent.daemon import (
-    FAILURES,
-    Agent,
-    LinkChanged,
-    Options,
-    PathFailed,
-    Phase,
-    Reload,
-    ShowCounters,
-    lock,
-)
+from flanctl.agent.daemon import FAILURES, Agent, Options, Phase
 from flanctl.agent.kernel.fake import FakeKernel
+from flanctl.agent.lock import lock
 from flanctl.agent.log import Log
+from flanctl.agent.messages import LinkChanged, PathFailed, Reload, ShowCounters
 from flanctl.agent.notify import Notify
 from flanctl.agent.state import State
 from flanctl.agent.underlay import Underlay
@@ -920,7 +912,7 @@ WORDS = b'{"data_path":"userspace","host":"node7","instance":"7777777777","run":
 
 
 def noted(house) -> list[str]:
-    return [problem.id for problem in house.agent.problems]
+    return [problem.id for problem in house.agent.problems.all]
 
 
 def test_another_machine_with_our_address_is_named_beside_us(house):
@@ -1015,7 +1007,7 @@ def test_a_thousand_bad_keys_are_a_few_lines_and_a_count(house):
         until(lambda: house.backend.applied[-1] == ("172.17.20.0/24",))
 
     house.live(script)
-    assert len(house.agent.problems) == 1000
+    assert len(house.agent.problems.all) == 1000
     assert house.log().count("skipped unreadable key") == 10
     assert "990 more of the kind" in house.log()
     assert max(map(len, house.log().splitlines())) < 1000

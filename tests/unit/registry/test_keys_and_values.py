@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flanctl.agent.daemon import _unreadable
 from flanctl.agent.log import Log
+from flanctl.agent.problems import unreadable
 from flanctl.model.dialect import Dialect
 from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.network_config import NetworkConfig
@@ -109,7 +109,7 @@ def others(leases):
 
 def one_clear_line(bad: UnreadableLease) -> str:
     """What the agent's log makes of it."""
-    problem = _unreadable(bad)
+    problem = unreadable(bad)
     stream = StringIO()
     Log(stream, journal=False).warn(problem.message, id=problem.id)
     (line,) = stream.getvalue().splitlines()

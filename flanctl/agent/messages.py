@@ -1,0 +1,53 @@
+"""What the agent's workers and its signal handler post to its inbox; the loop in `daemon` takes them in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flanctl.agent.supervisor import WorkerFailed
+from flanctl.registry.announcements import AnnounceFailed, CloneSeen
+from flanctl.registry.leases import KeeperReport
+from flanctl.registry.peers import FollowerReport
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Somebody wants us to end; `reason` is the signal's name."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PathFailed:
+    """The data plane ended by itself."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShowCounters:
+    """SIGUSR1: log the packet counters."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChanged:
+    """Our device or the underlay changed: compare with what is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """SIGHUP: nothing is read again but the machine, which is compared at once."""
+
+
+Message = (
+    Stop
+    | PathFailed
+    | ShowCounters
+    | Reload
+    | LinkChanged
+    | WorkerFailed
+    | FollowerReport
+    | KeeperReport
+    | CloneSeen
+    | AnnounceFailed
+)
