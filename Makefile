@@ -38,6 +38,13 @@ soak-frozen: setup ## Ten minutes of agents from dist/flanctl under traffic: mem
 	@scripts/need test
 	FLANCTL_EXE=$(FLANCTL_EXE) $(PY) -m pytest --require frozen tests/frozen/test_soak.py -m soak $(ARGS)
 
+.PHONY: drills
+drills: setup ## etcd members die, hang, lose quorum and data at full length (root, an hour); renews docs/drills.md
+	@scripts/need test
+	@$(PY) -m tests.support.etcd
+	$(PYTEST) tests/drills -m drill $(ARGS)
+	$(PY) -m tests.drills.rows
+
 .PHONY: test-unit
 test-unit: setup ## Unit and property tests only: no root, seconds
 	$(PYTEST) tests/unit

@@ -55,10 +55,10 @@ def environment(endpoints: str = "", **more: str) -> dict[str, str]:
 
 
 def flanctl(
-    where: Namespace, endpoints: str, *words: str, check: bool = True, stdin: str | None = None
+    where: Namespace, endpoints: str, *words: str, check: bool = True, stdin: str | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """`flanctl WORDS` on a host, to its end, as an operator would run it there."""
-    return where.run([*FLANCTL, *words], env=environment(endpoints), check=check, stdin=stdin)
+    """`flanctl WORDS` on a host, to its end, as an operator would run it there; `more` are environment variables."""
+    return where.run([*FLANCTL, *words], env=environment(endpoints, **more), check=check, stdin=stdin)
 
 
 def fields_of(line: str) -> dict[str, str]:

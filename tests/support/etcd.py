@@ -10,6 +10,7 @@ Everything listens on ephemeral ports; every process is ended by its pid and wai
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from tests.support.deadline import until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 Version = Literal["3.4", "3.7"]
 
@@ -161,10 +162,19 @@ class Cluster:
     def kill(self, index: int) -> None:
         self._members[index].end()
 
-    def restart(self, index: int) -> None:
-        """Start again on the same data, after a kill or instead of one; returns when it is healthy."""
-        self._members[index].end()
-        self._members[index].start()
+    def restart(self, *indexes: int) -> None:
+        """Start again on the same data, after a kill or instead of one; returns when all that live are healthy."""
+        for index in indexes:
+            self._members[index].end()
+            self._members[index].start()
+        self.wait()
+
+    def start_empty(self) -> None:
+        """All members, ended before, begin anew without any data, as after the loss of every disk."""
+        for member in self._members:
+            assert member.process is None, f"{member.name} runs"
+            shutil.rmtree(self.folder / member.name)
+            member.start()
         self.wait()
 
     def freeze(self, index: int) -> None:
@@ -198,9 +208,22 @@ class Cluster:
 
     def etcdctl(self, *arguments: str) -> str:
         """What etcdctl (v3) prints, asked through the living members."""
-        living = self._living()
-        assert living, "no member lives"
-        return self._etcdctl(living[0][1], *arguments, endpoints=[m.endpoint for _, m in living])
+        return _output(self._through_living(arguments))
+
+    @contextlib.contextmanager
+    def etcdctl_running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """One that goes on, such as `watch`: its stdout is a pipe, its end that of the block."""
+        with subprocess.Popen(
+            self._through_living(arguments),
+            env=_etcdctl_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def wait(self) -> None:
         """Until every living member answers a read through consensus."""
@@ -219,13 +242,18 @@ class Cluster:
     def _living(self) -> list[tuple[int, _Member]]:
         return [(i, m) for i, m in enumerate(self._members) if m.process is not None and not m.frozen]
 
+    def _through_living(self, arguments: Sequence[str]) -> list[str]:
+        living = self._living()
+        assert living, "no member lives"
+        return self._etcdctl(living[0][1], *arguments, endpoints=[m.endpoint for _, m in living])
+
     def _try(self, member: _Member, *arguments: str) -> str | None:
         try:
-            return self._etcdctl(member, *arguments)
+            return _output(self._etcdctl(member, *arguments))
         except subprocess.CalledProcessError:
             return None
 
-    def _etcdctl(self, member: _Member, *arguments: str, endpoints: Sequence[str] = ()) -> str:
+    def _etcdctl(self, member: _Member, *arguments: str, endpoints: Sequence[str] = ()) -> list[str]:
         where = ",".join(endpoints) or member.endpoint
         command = [*member.prefix, "etcdctl", f"--endpoints={where}", "--command-timeout=5s"]
         if self.user:
@@ -233,15 +261,7 @@ class Cluster:
         if self._tls is not None:
             cert, key = self._tls.client
             command += [f"--cacert={self._tls.ca}", f"--cert={cert}", f"--key={key}"]
-        command += arguments
-        return subprocess.run(
-            command,
-            env={**os.environ, "ETCDCTL_API": "3"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        return [*command, *arguments]
 
     def _command(self, member: _Member, peers: str) -> list[str]:
         client, peer = member.endpoint, _peer(member)
@@ -271,6 +291,21 @@ class Cluster:
         if self._tls.client_auth:
             words += [f"--trusted-ca-file={self._tls.ca}", "--client-cert-auth"]
         return words
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(
+        command,
+        env=_etcdctl_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def _etcdctl_environment() -> dict[str, str]:
+    return {**os.environ, "ETCDCTL_API": "3"}
 
 
 def _peer(member: _Member) -> str:

@@ -1,0 +1,482 @@
+"""The field of a drill: three etcd members and hosts with agents, each in a namespace of its own; and what is measured.
+
+    e1 ─ etcd0 ─┐                ┌─ h1 ─ flanctl agent ─ container ─┐  numbered packets from each host to each other,
+    e2 ─ etcd1 ─┼─ the underlay ─┤                                  │  50/s each way
+    e3 ─ etcd2 ─┘                └─ h2 ─ flanctl agent ─ container ─┘  h1: flanctl subnets watch; h2: 50 changes/s
+
+How to add a drill:
+
+    @drill("leader-killed", short=["3.7"])                 # full on both versions, short (in `make test`) on these
+    def test_what_is_true_then(field: Field) -> None:
+        field.start()                                      # v2=True, tls=…, user=… where the drill wants them
+        with field.measuring() as measured:                # everything is up and goes on
+            leader = field.cluster.leader()
+            measured.hurt()                                # from here on the time to recover runs
+            field.cluster.kill(leader)
+            field.lasting(full=60, short=3)                # an outage has a length, all else has a condition
+            measured.recovered()                           # writer, follower and every agent are well again
+            field.cluster.restart(leader)
+            measured.recovered()
+                                                           # the end of the block counts, judges, prints, keeps the row
+
+and a line in `TITLES` of rows.py, without which the row has no name. The block's end compares what the follower was told
+and what the agents hold with etcd's own history; it fails when a packet or an event is lost or comes twice, or a host's
+route is dropped. CPU and memory are judged in full drills only; short ones are too short for that.
+
+- An agent ends and starts inside `measured.end_agent(i)` and `measured.start_agent(i)`: its packets are not counted meanwhile.
+- Where history is lost (compaction, lost data): `measured.seal()` before, `measured.reopened()` once the follower is back.
+- What else was measured: `measured.note(ready_seconds=0.9)`; it stands in the row.
+
+`make drills` runs all at full length and renews docs/drills.json and the tables in docs/drills.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from base64 import b64decode
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flanctl.agent.status_client import ask
+from flanctl.demo.hosts import Lab
+from flanctl.registry.stores.open import Connection
+from tests.drills import rows
+from tests.drills.events import Follower, Happened, Writer, count, history
+from tests.drills.traffic import Traffic
+from tests.e2e.reachability import MTU, wait_until_reachable
+from tests.support.agents import RunningAgent, flanctl
+from tests.support.deadline import until
+from tests.support.etcd import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Self
+
+    from flanctl.demo.hosts import Container, Host
+    from tests.support.etcd import Tls, Version
+
+PREFIX = "/jxdd/network"
+FOLDER = f"{PREFIX}/subnets/"
+NETWORK = IPv4Network("172.17.0.0/16")
+MARKER = f"{FOLDER}172.17.255.0-24"
+"""A key that says where a count ends. No agent and no writer takes it."""
+CHURN = range(200, 250)
+"""The third numbers of the subnets that come and go."""
+
+CPU_PERCENT = 2.0
+"""Of one core: the most an agent may use, at 50 changes a second and 100 packets a second each way."""
+MEMORY_MB = 4.0
+"""Growth of an agent's resident memory from the first minute to the last that counts as flat: allocators keep what they had."""
+RECOVER_SECONDS = 60.0
+"""A drill whose cluster is well again and whose agents are not fails after this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One drill on one version, at full length or in the form of seconds."""
+
+    name: str
+    version: Version
+    full: bool
+
+    def __str__(self) -> str:
+        return f"{self.version}-{'full' if self.full else 'short'}"
+
+
+def drill(name: str, *, short: Sequence[str] = ("3.7",), on: Sequence[Version] = ("3.4", "3.7")) -> Any:
+    """Mark a test as a drill: see above."""
+    cases = []
+    for version in on:
+        needs = pytest.mark.needs("root", "netns", "tun", "iptables", f"etcd{version.replace('.', '')}")
+        whole = Case(name, version, full=True)
+        cases.append(
+            pytest.param(whole, id=str(whole), marks=[needs, pytest.mark.drill, pytest.mark.timeout(1200)])
+        )
+        if version in short:
+            brief = Case(name, version, full=False)
+            cases.append(pytest.param(brief, id=str(brief), marks=[needs, pytest.mark.timeout(240)]))
+    return pytest.mark.parametrize("field", cases, indirect=True)
+
+
+class Field:
+    """Everything a drill plays with. `start` builds it, the fixture closes it."""
+
+    cluster: Cluster
+
+    def __init__(self, case: Case, folder: Path, say: Callable[[str], None]) -> None:
+        self.case = case
+        self.folder = folder
+        self.say = say
+        self.members: list[Host] = []
+        self.hosts: list[Host] = []
+        self.agents: list[RunningAgent] = []
+        self.containers: list[Container] = []
+        self.connect: dict[str, Any] = {}
+        self.endpoints = ""
+        self._stack = contextlib.ExitStack()
+
+    def start(
+        self,
+        *options: str,
+        hosts: int = 2,
+        v2: bool = False,
+        tls: Tls | None = None,
+        extra: Sequence[str] = (),
+        endpoints: str = "",
+        wrap: Sequence[str] = (),
+        **connect: str,
+    ) -> Self:
+        """Members, hosts and agents, up and reaching each other.
+
+        `options` are the agents'; `extra` every member's; `connect` how flanctl reaches etcd (user, password, cacert, …,
+        as in Connection). `endpoints` instead of the members' addresses; `wrap` is put before each agent's command.
+        """
+        self.connect = dict(connect)
+        self.lab = self._stack.enter_context(Lab("drill"))
+        self.members = [self.lab.add_host(f"e{number}") for number in (1, 2, 3)]
+        self.hosts = [self.lab.add_host() for _ in range(hosts)]
+        self.cluster = self._stack.enter_context(
+            Cluster(
+                self.case.version,
+                3,
+                folder=self.folder / "etcd",
+                host=[str(host.address) for host in self.members],
+                prefix=[host.command([]) for host in self.members],
+                v2=v2,
+                tls=tls,
+                extra=extra,
+            )
+        )
+        self.endpoints = endpoints or ",".join(self.cluster.endpoints)
+        self.init_network()
+        self.agents = [
+            RunningAgent.start(
+                host, self.folder / host.name, self.endpoints, "--iface", "eth0", *options, **self.environment
+            )
+            for host in self.hosts
+        ]
+        for agent in self.agents:
+            agent.wait()
+        self.containers = [agent.host.add_container(agent.gateway, MTU) for agent in self.agents]
+        for source, target in self.pairs:
+            wait_until_reachable(source, target.address)
+        return self
+
+    def close(self) -> None:
+        self._stack.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """How flanctl's processes are told `connect`."""
+        return {f"FLANCTL_{name.upper()}": text for name, text in self.connect.items()}
+
+    @property
+    def connection(self) -> Connection:
+        return Connection(tuple(self.endpoints.split(",")), timeout=5.0, **self.connect)
+
+    @property
+    def pairs(self) -> list[tuple[Container, Container]]:
+        return [(one, two) for one in self.containers for two in self.containers if one is not two]
+
+    @property
+    def keys(self) -> list[str]:
+        """Subnets for the writer: those that no agent holds."""
+        held = {str(agent.subnet.network_address) for agent in self.agents}
+        names = (f"172.17.{third}.0" for third in CHURN)
+        return [f"{FOLDER}{name}-24" for name in names if name not in held]
+
+    def init_network(self) -> None:
+        """Put the network's config, as an operator would."""
+        flanctl(self.hosts[0], self.endpoints, "net", "init", "--network", str(NETWORK), **self.environment)
+
+    def length(self, *, full: float, short: float) -> float:
+        return full if self.case.full else short
+
+    def lasting(self, *, full: float, short: float) -> None:
+        """Let so many seconds of an outage pass. That is no wait for something: the length is what is tested."""
+        end = time.monotonic() + self.length(full=full, short=short)
+        until(lambda: time.monotonic() >= end, seconds=1e6)
+
+    def measuring(self) -> Measured:
+        return Measured(self)
+
+
+@dataclass(slots=True)
+class _Usage:
+    """CPU seconds and memory of one agent's process between two moments. Its children's count: iptables is ours too."""
+
+    agent: RunningAgent
+    began: float
+    busy: float
+    before: float
+    seconds: float = 0.0
+    after: float = 0.0
+
+    @classmethod
+    def of(cls, agent: RunningAgent) -> _Usage:
+        return cls(agent, time.monotonic(), _cpu_seconds(agent.pid), _resident_mb(agent.pid))
+
+    def end(self) -> None:
+        self.seconds = time.monotonic() - self.began
+        self.busy = _cpu_seconds(self.agent.pid) - self.busy
+        self.after = _resident_mb(self.agent.pid)
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.busy / self.seconds
+
+
+class Measured:
+    """What is counted while something bad happens: packets, events, CPU, memory, time to recover."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+        self._stack = contextlib.ExitStack()
+        self._truth: list[Happened] = []
+        self._after = 0
+        self._running: dict[int, _Usage] = {}
+        self._ended: list[_Usage] = []
+        self._notes: dict[str, float | int] = {}
+        self._recoveries: list[float] = []
+        self._hurt = 0.0
+
+    def __enter__(self) -> Measured:
+        field = self.field
+        one, two = field.hosts[0], field.hosts[1]
+        with contextlib.ExitStack() as stack:
+            self.traffic = stack.enter_context(Traffic(field.pairs))
+            self.follower = stack.enter_context(Follower(one, field.endpoints, **field.environment))
+            self.follower.wait_listed()
+            self._after = int(str(self.follower.listed[0].fields["revision"]))
+            self.writer = stack.enter_context(Writer(two, field.connection, field.keys))
+            self._stack = stack.pop_all()
+        try:
+            self.writer.go_on(50)
+            self._everybody_is_well()
+        except BaseException:
+            self._stack.close()
+            raise
+        for number, agent in enumerate(field.agents):
+            self._running[number] = _Usage.of(agent)
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if kind is not None:
+                return
+            self.writer.go_on(int(self.field.length(full=500, short=25)))
+            for number in list(self._running):
+                self._end_usage(number)
+            seconds = time.monotonic() - self._began
+            self.seal()
+            self._same_leases_everywhere()
+        for agent in self.field.agents:
+            assert agent.terminate() == 0, agent
+        self._agents_hold_what_etcd_holds()
+        self._no_host_was_dropped()
+        self._judge(seconds)
+
+    # ---- what a drill says ---------------------------------------------------------------------------------------
+
+    def hurt(self) -> None:
+        """The time to recover runs from now: something breaks, or is whole again after an outage."""
+        self._hurt = time.monotonic()
+
+    def recovered(self, *, seconds: float = RECOVER_SECONDS) -> float:
+        """Until a new change is written, told to the follower, and known to every agent. The seconds since `hurt`."""
+        self._everybody_is_well(seconds=seconds)
+        took = time.monotonic() - self._hurt
+        self._recoveries.append(took)
+        return took
+
+    def note(self, **facts: float) -> None:
+        """More that was measured."""
+        self._notes.update(facts)
+
+    def end_agent(self, number: int) -> None:
+        """SIGKILL, with nobody's packets under way to or from its containers."""
+        self.traffic.pause(self.field.containers[number])
+        self._end_usage(number)
+        self.field.agents[number].kill()
+
+    def start_agent(self, number: int) -> float:
+        """A new process in its place; packets flow and count again when this returns. The seconds from exec to ready."""
+        field, container = self.field, self.field.containers[number]
+        began = time.monotonic()
+        field.agents[number] = agent = field.agents[number].again().wait()
+        took = time.monotonic() - began
+        alive = [other for index, other in enumerate(field.containers) if index in self._running]
+        for other in alive:
+            wait_until_reachable(container, other.address)
+            wait_until_reachable(other, container.address)
+        self._running[number] = _Usage.of(agent)
+        if len(alive) + 1 == len(field.containers):
+            for one in field.containers:
+                self.traffic.go_on(one)
+        return took
+
+    def seal(self) -> None:
+        """Stop the writer's count here: what was written so far is read from etcd's history and told to the follower."""
+        self.writer.pause()
+        put = self.field.cluster.etcdctl("put", MARKER, '{"PublicIP":"10.98.0.1"}', "-w", "json")
+        last = json.loads(put)["header"]["revision"]
+        self.follower.wait_told(lambda told: told.happened == (last, MARKER, "10.98.0.1"))
+        known = self._state_at(self._after)
+        self._truth += history(self.field.cluster, FOLDER, after=self._after, last=last, known=known)
+        self._after = last
+
+    def reopened(self) -> None:
+        """History begins anew: the follower has listed again after `seal`, and MARKER is gone since."""
+        gone = self.follower.wait_told(
+            lambda told: (
+                told.event == "removed" and told.happened[1] == MARKER and bool(told.fields["resync"])
+            )
+        )
+        self._after = gone.happened[0]
+
+    # ---- looks ---------------------------------------------------------------------------------------------------
+
+    def _everybody_is_well(self, *, seconds: float = RECOVER_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        self.writer.go_on(2, seconds=seconds)  # the first may have begun before
+        last = self.writer.last
+        self.follower.wait_told(
+            lambda told: told.happened == last, seconds=max(1.0, deadline - time.monotonic())
+        )
+        for number in self._running or range(len(self.field.agents)):
+            agent = self.field.agents[number]
+            while not self._is_well(agent, last[0]):
+                assert time.monotonic() < deadline, f"not well within {seconds:g} s: {status(agent)} {agent}"
+                time.sleep(0.1)  # each question costs the agent CPU, which is measured
+
+    @staticmethod
+    def _is_well(agent: RunningAgent, revision: int) -> bool:
+        document = status(agent)
+        return bool(
+            document["registry"]["answers"]
+            and (document["peers"]["revision"] or 0) >= revision
+            and document["state"] == "ready"
+        )
+
+    def _state_at(self, revision: int) -> dict[str, str]:
+        """Public IP by key, as etcd held it then."""
+        answer = json.loads(
+            self.field.cluster.etcdctl("get", "--prefix", FOLDER, f"--rev={revision}", "-w", "json")
+        )
+        return {
+            b64decode(kv["key"]).decode(): json.loads(b64decode(kv["value"]))["PublicIP"]
+            for kv in answer.get("kvs") or ()
+        }
+
+    def _same_leases_everywhere(self) -> None:
+        """The follower's words, taken together, say what etcd holds; and no agent counts more or fewer peers."""
+        self._final = self._state_at(self._after)
+        listed = self.follower.listed[-1].fields["subnets"]
+        state = {_key(str(one["subnet"])): str(one["public_ip"]) for one in listed}  # type: ignore[attr-defined]
+        for told in self.follower.told:
+            _, key, public_ip = told.happened
+            if told.event == "removed":
+                state.pop(key, None)
+            else:
+                state[key] = public_ip
+        assert state == self._final, "what the follower was told does not add up to what etcd holds"
+        for agent in self.field.agents:
+            until(
+                lambda agent=agent: status(agent)["peers"]["count"] == len(self._final) - 1,  # type: ignore[misc]
+                what=f"{len(self._final) - 1} peers known to {agent.host.name}",
+                seconds=20,
+            )
+
+    def _agents_hold_what_etcd_holds(self) -> None:
+        """By what each has left to its successor."""
+        for agent in self.field.agents:
+            own = _key(str(agent.subnet))
+            known = json.loads((agent.folder / "state" / "known.json").read_text())
+            peers = {_key(subnet): public_ip for subnet, public_ip, *_ in known["peers"]}
+            assert peers == {key: ip for key, ip in self._final.items() if key != own}, agent.host.name
+            assert self._final[own] == str(agent.host.address), f"{agent.host.name} lost its lease"
+
+    def _no_host_was_dropped(self) -> None:
+        """No agent ever gave up the route to a host that was there all the time."""
+        hosts = "|".join(re.escape(str(agent.subnet)) for agent in self.field.agents)
+        for agent in self.field.agents:
+            text = agent.log.read_text(errors="replace")
+            assert not re.search(rf"peer removed .*subnet=({hosts})\b", text), agent
+            assert "Traceback" not in text, agent
+
+    # ---- the row -------------------------------------------------------------------------------------------------
+
+    def _end_usage(self, number: int) -> None:
+        usage = self._running.pop(number)
+        usage.end()
+        self._ended.append(usage)
+
+    def _judge(self, seconds: float) -> None:
+        case = self.field.case
+        events = count(self._truth, [told for told in self.follower.told if not told.fields["resync"]])
+        busiest = max(self._percent(agent.host.name) for agent in self.field.agents)
+        grown = max(self._ended, key=lambda usage: usage.after - usage.before)
+        row = {
+            "drill": case.name,
+            "etcd": case.version,
+            "full": case.full,
+            "seconds": round(seconds, 1),
+            "packets": {
+                "sent": self.traffic.sent,
+                "lost": self.traffic.lost,
+                "doubled": self.traffic.doubled,
+            },
+            "events": {
+                "written": events.written,
+                "seen": events.seen,
+                "lost": events.lost,
+                "doubled": events.doubled,
+            },
+            "agent": {
+                "cpu_percent": round(busiest, 2),
+                "rss_before_mb": round(grown.before, 1),
+                "rss_after_mb": round(grown.after, 1),
+            },
+            "recover_seconds": round(max(self._recoveries), 1) if self._recoveries else None,
+            "writer_longest_pause_seconds": round(self.writer.longest, 1),
+            **{name: round(value, 2) for name, value in self._notes.items()},
+        }
+        self.field.say(json.dumps(row))
+        assert (self.traffic.lost, self.traffic.doubled) == (0, 0), row
+        assert (events.lost, events.doubled) == (0, 0), row
+        if case.full:
+            assert busiest <= CPU_PERCENT, row
+            assert grown.after - grown.before <= MEMORY_MB, row
+            rows.keep(row)
+
+    def _percent(self, name: str) -> float:
+        mine = [usage for usage in self._ended if usage.agent.host.name == name]
+        return 100 * sum(usage.busy for usage in mine) / sum(usage.seconds for usage in mine)
+
+
+def status(agent: RunningAgent) -> dict[str, Any]:
+    """What the agent says of itself, over its socket."""
+    return ask(agent.folder / "run" / "agent.sock")
+
+
+def _key(subnet: str) -> str:
+    return FOLDER + subnet.replace("/", "-")
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]

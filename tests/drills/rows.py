@@ -1,0 +1,102 @@
+"""docs/drills.json, and the tables made of it in docs/drills.md and docs/drills.zh-CN.md.
+
+python -m tests.drills.rows        # renew the tables
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+FILE = Path("docs/drills.json")
+BEGIN, END = "<!-- made by make drills: begin -->", "<!-- made by make drills: end -->"
+
+DOCUMENTS = {Path("docs/drills.md"): "en", Path("docs/drills.zh-CN.md"): "zh"}
+HEADS = {
+    "en": (
+        "drill",
+        "etcd",
+        "seconds",
+        "packets sent / lost",
+        "changes written / told / twice",
+        "agent's CPU, % of a core",
+        "its memory, MB",
+        "well again after, s",
+    ),
+    "zh": (
+        "演练",
+        "etcd",
+        "时长(秒)",
+        "发包 / 丢包",
+        "变更写入 / 收到 / 重复",
+        "agent CPU(单核 %)",
+        "agent 内存(MB)",
+        "恢复用时(秒)",
+    ),
+}
+
+TITLES = {
+    "leader-killed": ("leader killed", "杀死 leader"),
+    "follower-killed": ("follower killed", "杀死 follower"),
+}
+"""Each drill's name in the tables, English and Chinese, in the order of the rows."""
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Put a row in place of the one that drill and version had."""
+    rows = _read()
+    others = [one for one in rows if (one["drill"], one["etcd"]) != (row["drill"], row["etcd"])]
+    row = {**row, "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **_conditions()}
+    order = list(TITLES)
+    others.append(row)
+    others.sort(key=lambda one: (order.index(one["drill"]), one["etcd"]))
+    FILE.write_text(json.dumps({"schema": 1, "rows": others}, indent=1) + "\n")
+
+
+def _read() -> list[dict[str, Any]]:
+    return json.loads(FILE.read_text())["rows"] if FILE.exists() else []
+
+
+def _conditions() -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "agents": "frozen" if "FLANCTL_EXE" in os.environ else "venv",
+    }
+
+
+def render(rows: list[dict[str, Any]], language: str) -> str:
+    """The table: one row per drill and version, every number as it was measured."""
+    heads, tongue = HEADS[language], ("en", "zh").index(language)
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    for row in rows:
+        packets, events, agent = row["packets"], row["events"], row["agent"]
+        recover = row["recover_seconds"]
+        cells = [
+            TITLES[row["drill"]][tongue],
+            row["etcd"],
+            f"{row['seconds']:.0f}",
+            f"{packets['sent']:,} / {packets['lost']}",
+            f"{events['written']:,} / {events['seen']:,} / {events['doubled']}",
+            f"{agent['cpu_percent']:.1f}",
+            f"{agent['rss_before_mb']:.1f} → {agent['rss_after_mb']:.1f}",
+            "-" if recover is None else f"{recover:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def renew(document: Path, language: str) -> None:
+    """Put the table between its marks; the words around it stay."""
+    before, rest = document.read_text().split(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n{render(_read(), language)}{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    for path, language in DOCUMENTS.items():
+        renew(path, language)
