@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from flanctl.complaint import complain, ended
-from flanctl.settings import REGISTRY, resolve
+from flanctl.settings import REGISTRY, WRITE_OUT, resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
     from flanctl.errors import FlanctlError
 
-FORMS = ("table", "simple", "json")
-WRITE_OUT = "write_out"
 NAMES = {
     name: row.name
     for row in REGISTRY
     if row.kind != "switch" and not row.repeatable
     for name in (row.flag, f"--{row.flanneld}" if row.flanneld else row.flag)
-} | {"--write-out": WRITE_OUT, "-w": WRITE_OUT}
+} | {"--write-out": WRITE_OUT.name, "-w": WRITE_OUT.name}
 
 
 def flags(words: Sequence[str]) -> dict[str, str] | None:
@@ -48,8 +46,8 @@ def subnets_ls(words: Sequence[str]) -> int | None:
     given = flags(words)
     if given is None or "_FLANCTL_COMPLETE" in os.environ:
         return None
-    form = given.pop(WRITE_OUT, os.environ.get("FLANCTL_WRITE_OUT", "table"))
-    if form not in FORMS:
+    form = given.pop(WRITE_OUT.name, os.environ.get(WRITE_OUT.variable, "table"))
+    if form not in WRITE_OUT.choices:
         return None
 
     def run() -> int:

@@ -10,7 +10,6 @@ source, because "which endpoint, and who says so?" is the first question when a 
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,9 @@ class Setting:
     """One row of the table.
 
     `flanneld` is flannel's flag (its FLANNELD_ variable follows by flannel's rule), `flannel` the variables of the
-    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, number, seconds, switch,
-    list (repeated as a flag, comma separated in a variable) or patterns (repeated, never split at a comma).
+    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, choice, number, seconds,
+    switch, list (repeated as a flag, comma separated in a variable) or patterns (repeated, never split at a comma).
+    `lowest` and `highest` bound numbers and seconds. The key in the TOML file is `name`, with - or _.
     """
 
     name: str
@@ -45,10 +45,18 @@ class Setting:
     flannel: tuple[str, ...] = ()
     etcdctl: str | None = None
     secret: bool = False
+    choices: tuple[str, ...] = ()
+    lowest: float = 0
+    highest: float = 366 * 86400
 
     @property
     def repeatable(self) -> bool:
         return self.kind in {"list", "patterns"}
+
+    @property
+    def shown(self) -> str | None:
+        """What stands for the value in --help."""
+        return "|".join(self.choices) or self.metavar
 
     @property
     def flag(self) -> str:
@@ -120,13 +128,15 @@ REGISTRY = (
     Setting(
         "api",
         "etcd's API: v3, v2, or auto for the one that holds the config.",
+        kind="choice",
+        choices=("auto", "v2", "v3"),
         default="auto",
-        metavar="auto|v2|v3",
     ),
     Setting(
         "dialect",
         "flannel's bytes to speak: 0.7 or 0.28. Without it, 0.7 in etcd v2 and 0.28 elsewhere.",
-        metavar="0.7|0.28",
+        kind="choice",
+        choices=("0.7", "0.28"),
     ),
 )
 # No flag for it on purpose: a password on the command line is seen by everyone on the host.
@@ -211,6 +221,7 @@ AGENT = (
         kind="seconds",
         default="24h",
         metavar="DURATION",
+        lowest=10,  # a request may take 5, and a lease that cannot be renewed in time is worse than a long one
     ),
     Setting(
         "subnet_lease_renew_margin",
@@ -218,6 +229,8 @@ AGENT = (
         kind="number",
         default="60",
         metavar="MINUTES",
+        lowest=1,
+        highest=1439,
         flanneld="subnet-lease-renew-margin",
     ),
     Setting(
@@ -226,6 +239,7 @@ AGENT = (
         kind="number",
         default="0",
         metavar="PORT",
+        highest=65535,
         flanneld="healthz-port",
     ),
     Setting(
@@ -235,24 +249,47 @@ AGENT = (
         metavar="ADDRESS",
         flanneld="healthz-ip",
     ),
-    Setting("data_path", "How packets are carried: tun (user space).", default="tun", metavar="tun"),
+    Setting(
+        "data_path",
+        "How packets are carried: tun (user space).",
+        kind="choice",
+        choices=("tun",),
+        default="tun",
+    ),
     Setting(
         "peer_check",
         "Which senders are believed: strict, subnet or off.",
+        kind="choice",
+        choices=("strict", "subnet", "off"),
         default="strict",
-        metavar="strict|subnet|off",
     ),
 )
+
+WRITE_OUT = Setting(
+    "write_out",
+    "table for people; simple (tabs, no header) and json keep their form.",
+    kind="choice",
+    choices=("table", "simple", "json"),
+    default="table",
+)
+"""Not in TABLE: how one answer looks is for its reader to say, by flag or variable, and never for a file."""
 
 TABLE: Mapping[str, Setting] = {row.name: row for row in (*REGISTRY, PASSWORD, *AGENT)}
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A setting's text and who said so."""
+    """A setting's text and who said so: a flag, a variable, a name in a file's line, or `default`."""
 
     text: str
-    source: str
+    name: str
+    file: str | None = None
+    line: int = 0
+
+    @property
+    def source(self) -> str:
+        """`FLANNEL_OPTIONS in /etc/sysconfig/flanneld:8`"""
+        return self.name if self.file is None else f"{self.name} in {self.file}:{self.line}"
 
 
 @dataclass(slots=True)
@@ -288,17 +325,19 @@ class Settings:
             return False
         raise self._bad(name, "true or false")
 
-    def number(self, name: str, lowest: int, highest: int) -> int:
+    def number(self, name: str) -> int:
+        row = TABLE[name]
         try:
             number = int(self.text(name))
         except ValueError:
             raise self._bad(name, "a whole number") from None
-        if not lowest <= number <= highest:
-            raise self._bad(name, f"from {lowest} to {highest}")
+        if not row.lowest <= number <= row.highest:
+            raise self._bad(name, f"from {row.lowest:g} to {row.highest:g}")
         return number
 
-    def seconds(self, name: str, *, lowest: float = 0.0) -> float:
-        """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`; `lowest` seconds at least."""
+    def seconds(self, name: str) -> float:
+        """A duration: `5`, `2.5`, `5s`, `500ms`, `2m`, `1h`."""
+        lowest = TABLE[name].lowest
         seconds = parse_seconds(self.text(name))
         if seconds is None:
             raise self._bad(name, DURATION)
@@ -306,11 +345,17 @@ class Settings:
             raise self._bad(name, f"at least {lowest:g}s")
         return seconds
 
-    def choice(self, name: str, *allowed: str) -> str:
-        text = self.text(name)
+    def choice(self, name: str) -> str:
+        text, allowed = self.text(name), TABLE[name].choices
         if text not in allowed:
-            raise self._bad(name, "one of " + ", ".join(allowed))
+            raise self._bad(name, "one of " + ", ".join(allowed) if len(allowed) > 1 else allowed[0])
         return text
+
+    def check(self, name: str) -> None:
+        """Raises UsageError where the value is none of its kind. What only its user can tell passes."""
+        kind = TABLE[name].kind
+        if self.optional(name) is not None and kind in {"choice", "number", "seconds", "switch"}:
+            getattr(self, kind)(name)
 
     def _bad(self, name: str, wanted: str) -> UsageError:
         value = self.values[name]
@@ -343,14 +388,13 @@ def resolve(
 ) -> Settings:
     """Every setting by the order above. `flags` holds what the command line gave, by setting name.
 
-    Raises UsageError for a file that cannot be understood.
+    Raises UsageError for a file that cannot be understood, NotPermitted for one that cannot be read.
     """
     env = os.environ if environment is None else environment
-    toml = _toml_values(TOML_FILE if toml_file is None else toml_file)
+    toml = toml_values(TOML_FILE if toml_file is None else toml_file)
     sysconfig: dict[str, Value] = {}
     for path in SYSCONFIG_FILES if sysconfig_files is None else sysconfig_files:
-        for name, value in _sysconfig_values(path).items():
-            sysconfig.setdefault(name, value)
+        sysconfig = _sysconfig_values(path) | sysconfig
     settings = Settings()
     for row in TABLE.values():
         found = _first(row, flags, env, toml, sysconfig)
@@ -378,75 +422,129 @@ def _first(
     return None if row.default is None else Value(row.default, "default")
 
 
-def _toml_values(path: StrPath) -> dict[str, Value]:
+def _content(path: StrPath) -> bytes | None:
+    """None where there is no such file. Raises NotPermitted.
+
+    Going on without one that cannot be read could ask, or write to, another registry than the operator configured.
+    """
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            return file.read()
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise NotPermitted(f"cannot read settings from {path}: {error.strerror}") from None
+
+
+# ---- the TOML file --------------------------------------------------------------------------------------------------
+
+
+def toml_values(path: StrPath) -> dict[str, Value]:
+    """What the file sets, by setting name. Raises UsageError with the line, NotPermitted."""
+    content = _content(path)
+    if content is None:
+        return {}
     import tomllib
 
     try:
-        document = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"cannot read settings from {path}:{line}: it is not UTF-8") from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"cannot read settings from {path}: {error}") from None
     values = {}
-    for name, raw in document.items():
-        row = TABLE.get(name.replace("-", "_"))
+    for key, raw in document.items():
+        line = _line_of(key, text)
+        row = TABLE.get(key.replace("-", "_"))
         if row is None:
-            raise UsageError(f'{path}: unknown setting "{name}"')
-        text = ",".join(map(str, raw)) if isinstance(raw, list) else str(raw)
-        values[row.name] = Value(text, f"{path}, {name}")
+            raise UsageError(f'{path}:{line}: unknown setting "{key}"{nearest(key, TABLE)}')
+        values[row.name] = Value(_toml_text(row, raw, f"{path}:{line}"), key, str(path), line)
     return values
 
 
-def _unreadable(path: StrPath, error: OSError) -> NotPermitted:
-    """Going on without it could ask, or write to, another registry than the operator configured."""
-    return NotPermitted(f"cannot read settings from {path}: {error.strerror}")
+def _toml_text(row: Setting, raw: object, where: str) -> str:
+    """The value as a flag would have it. Raises UsageError for one that no flag could hold."""
+    between = "\n" if row.repeatable else ","
+    parts = raw if isinstance(raw, list) else [raw]
+    if any(isinstance(part, dict | list) for part in parts):
+        raise UsageError(f"{where}: {row.name} takes one value or a list of them, not a table")
+    return between.join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
+
+
+def _line_of(key: str, text: str) -> int:
+    """Where a key of the document's top level stands; 1 where it is written in a way not looked for."""
+    import re
+    import tomllib
+
+    lines = text.split("\n")
+    written = re.compile(rf"""\s*\[*\s*(["']?){re.escape(key)}\1\s*[=.\]]""")
+    found = [number for number, line in enumerate(lines, 1) if written.match(line)]
+    for number in found[:-1]:
+        try:
+            tomllib.loads("\n".join(lines[: number - 1]))
+        except tomllib.TOMLDecodeError:
+            continue  # inside of a longer string or list, not at its place
+        return number
+    return found[-1] if found else 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing."""
+    from difflib import get_close_matches
+
+    plain = {each.replace("-", "_").lower(): each for each in known}
+    near = get_close_matches(name.replace("-", "_").lower(), plain, n=1)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
+
+
+# ---- sysconfig ------------------------------------------------------------------------------------------------------
+
+OPTIONS = "FLANNEL_OPTIONS"
+"""The CentOS unit's ExecStart ends in `$FLANNEL_OPTIONS`."""
 
 
 def _sysconfig_values(path: StrPath) -> dict[str, Value]:
-    """KEY=VALUE lines as systemd's EnvironmentFile has them, and the flags inside FLANNEL_OPTIONS.
+    """What the variables of the file mean, and the flags inside FLANNEL_OPTIONS, which beat them as in flanneld-start.
 
-    Flags beat variables, as they do when flanneld-start runs. A line we cannot read is skipped: the file is the
-    operator's for another program, and `flanctl subnets ls` must not fail over it.
+    Other variables and flags are passed over: the file is another program's too. Raises UsageError for a file systemd
+    takes nothing from, and where a quote that never ends swallows the lines behind it; NotPermitted.
     """
-    try:
-        with open(path, errors="replace") as file:
-            lines = file.read().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
+    content = _content(path)
+    if content is None:
         return {}
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    by_variable = {variable: row for row in TABLE.values() for variable in row.variables()}
+    from flanctl.environment_file import Unreadable, parse, split
+
+    hint = f"flanctl config check {path}"
+    try:
+        entries = {entry.name: entry for entry in parse(content) if entry.counts}
+    except Unreadable as error:
+        where = f"{path}:{error.line}" if error.line else path
+        raise UsageError(f"cannot read settings from {where}: {error}", hint=hint) from None
+    for entry in entries.values():
+        if entry.unclosed:
+            raise UsageError(f"{path}:{entry.unclosed}: the quote of {entry.name} is never closed", hint=hint)
     values: dict[str, Value] = {}
-    from_flags: dict[str, Value] = {}
-    for number, line in enumerate(lines, 1):
-        name, equals, rest = line.strip().partition("=")
-        if not equals or name.startswith(("#", ";")):
-            continue
-        try:
-            words = shlex.split(rest, comments=False)
-        except ValueError:
-            continue
-        text = " ".join(words)
-        source = f"{path}:{number}, {name}"
-        if name == "FLANNEL_OPTIONS":
-            from_flags.update(_go_flags(text.split(), source))
-        elif (row := by_variable.get(name)) is not None and text:
-            values[row.name] = Value(text, source)
-    return values | from_flags
+    for row in TABLE.values():
+        for variable in row.variables():
+            if (found := entries.get(variable)) and found.text:
+                values[row.name] = Value(found.text, variable, str(path), found.line)
+                break
+    if options := entries.get(OPTIONS):
+        for name, text in flags_of(split(options.text or "")).items():
+            values[name] = Value(text, OPTIONS, str(path), options.line)
+    return values
 
 
-def _go_flags(words: list[str], source: str) -> dict[str, Value]:
+def flags_of(words: list[str]) -> dict[str, str]:
     """Flags in Go's grammar that mean a setting of ours, up to what Go would refuse; other flags are passed over."""
     from flanctl.flanneld_flags import SWITCHES
     from flanctl.go_flags import BadFlag, flags_in
 
     by_flag = {row.flanneld: row for row in TABLE.values() if row.flanneld is not None}
-    found: dict[str, Value] = {}
+    found: dict[str, str] = {}
     try:
         for given in flags_in(words, SWITCHES):
             row = by_flag.get(given.name)
@@ -454,8 +552,8 @@ def _go_flags(words: list[str], source: str) -> dict[str, Value]:
                 continue
             text = given.text if given.text is not None else "true" if given.name in SWITCHES else ""
             if row.repeatable and row.name in found:
-                text = f"{found[row.name].text}\n{text}"
-            found[row.name] = Value(text, source)
+                text = f"{found[row.name]}\n{text}"
+            found[row.name] = text
     except BadFlag:
         pass
     return found

@@ -46,7 +46,7 @@ def sample_config() -> str:
 
 
 def _example(row: Setting) -> str:
-    value = row.default if row.default is not None else (row.metavar or "").split("|")[0]
+    value = row.default if row.default is not None else row.choices[0] if row.choices else row.metavar or ""
     if row.kind in {"switch", "number"}:
         return value
     return f'["{value}"]' if row.repeatable else f'"{value}"'

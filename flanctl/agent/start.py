@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from flanctl.settings import Settings
 
 
-SHORTEST_TTL = 10.0
-"""Seconds: a request may take 5, and a lease that cannot be renewed in time is worse than a long one."""
-
-
 def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = False) -> None:
     """Run the agent these settings describe to its end, or with `check` only look whether it could.
 
@@ -37,9 +33,9 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
         iface_regex=settings.items("iface_regex"),
         iface_can_reach=settings.optional("iface_can_reach"),
         public_ip=settings.optional("public_ip"),
-        peer_check=settings.choice("peer_check", "strict", "subnet", "off"),
+        peer_check=settings.choice("peer_check"),
     )
-    settings.choice("data_path", "tun")
+    settings.choice("data_path")
 
     def say(sentence: str, warning: bool) -> None:
         (log.warn if warning else log.info)(sentence)
@@ -80,9 +76,9 @@ def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
         forward_rules=settings.switch("iptables_forward_rules"),
         resync_seconds=settings.seconds("iptables_resync"),
         # flanneld 0.28 takes 1 to 1439 minutes of its fixed 24 h.
-        renew_margin=settings.number("subnet_lease_renew_margin", 1, 1439) * 60.0,
+        renew_margin=settings.number("subnet_lease_renew_margin") * 60.0,
         patient=patient,
-        lease_ttl=settings.seconds("lease_ttl", lowest=SHORTEST_TTL),
+        lease_ttl=settings.seconds("lease_ttl"),
         healthz=_healthz(settings),
     )
 
@@ -95,5 +91,5 @@ def _healthz(settings: Settings) -> tuple[str, int] | None:
         raise UsageError(
             f'--healthz-ip "{text}" (from {settings.source("healthz_ip")}) is not an IPv4 address'
         ) from None
-    port = settings.number("healthz_port", 0, 65535)
+    port = settings.number("healthz_port")
     return (address, port) if port else None

@@ -6,19 +6,22 @@ Every option may stand before or after the command's name, as with etcdctl. What
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from flanctl.settings import AGENT, REGISTRY, RUN_DIR, SUBNET_FILE, Setting, Settings, resolve
+from flanctl.settings import AGENT, REGISTRY, RUN_DIR, SUBNET_FILE, WRITE_OUT, Setting, Settings, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from click.shell_completion import CompletionItem
+
 F = TypeVar("F", bound="Callable[..., Any]")
 
 FLAGS = "flanctl.flags"
-FORMATS = ("table", "simple", "json")
+FORMATS = WRITE_OUT.choices
 
 
 def flags_of(context: click.Context) -> dict[str, str]:
@@ -59,12 +62,34 @@ def _option(row: Setting) -> Callable[[F], F]:
     return click.option(
         *names,
         default=None,
-        metavar=row.metavar,
+        metavar=row.shown,
         expose_value=False,
         callback=_keep,
         multiple=row.repeatable,
+        shell_complete=partial(_values, row),
         help=help_text,
     )
+
+
+def _values(
+    row: Setting, _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a shell's Tab key offers behind the flag: the choices, this host's interfaces, files or directories."""
+    from click.shell_completion import CompletionItem
+
+    if row.metavar in {"FILE", "DIR"}:
+        return [CompletionItem(incomplete, type=row.metavar.lower())]
+    words = _interfaces() if row.metavar == "IFACE" else list(row.choices)
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def _interfaces() -> list[str]:
+    import os
+
+    try:
+        return sorted(os.listdir("/sys/class/net"))
+    except OSError:
+        return []  # a Tab key shows no errors
 
 
 def _from_table(rows: tuple[Setting, ...]) -> Callable[[F], F]:
@@ -99,7 +124,7 @@ def output_options(command: F) -> F:
         default=None,
         expose_value=False,
         callback=_keep,
-        help="table for people; simple (tabs, no header) and json keep their form. Default: table",
+        help=f"{WRITE_OUT.help} Default: {WRITE_OUT.default}",
     )(command)
 
 
@@ -110,9 +135,9 @@ def write_out(context: click.Context | None = None) -> str:
     given = flags_of(context or click.get_current_context()).get("write_out")
     if given is not None:
         return given
-    wanted = os.environ.get("FLANCTL_WRITE_OUT", "table")
+    wanted = os.environ.get(WRITE_OUT.variable, "table")
     if wanted not in FORMATS:
-        raise click.UsageError(f'FLANCTL_WRITE_OUT "{wanted}" is not one of {", ".join(FORMATS)}')
+        raise click.UsageError(f'{WRITE_OUT.variable} "{wanted}" is not one of {", ".join(FORMATS)}')
     return wanted
 
 

@@ -91,7 +91,7 @@ def wanted_dialect(settings: Settings) -> Dialect | None:
     """Raises UsageError for one that no flannel speaks."""
     if settings.optional("dialect") is None:
         return None
-    return Dialect.parse(settings.choice("dialect", *(str(dialect) for dialect in Dialect)))
+    return Dialect.parse(settings.choice("dialect"))
 
 
 def dialect_of(settings: Settings) -> Dialect:
@@ -152,7 +152,7 @@ def _endpoints(settings: Settings, say: Callable[[str, bool], None]) -> tuple[st
 
 
 def _api(settings: Settings) -> Api:
-    chosen = settings.choice("api", "auto", "v2", "v3")
+    chosen = settings.choice("api")
     return "v2" if chosen == "v2" else "v3" if chosen == "v3" else "auto"
 
 

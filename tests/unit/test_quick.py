@@ -53,8 +53,8 @@ def test_what_it_understands_click_understands_alike(words):
     found = quick.flags(words)
     if found is None:
         return
-    form = found.get(quick.WRITE_OUT, "table")
-    if form not in quick.FORMS:
+    form = found.get(quick.WRITE_OUT.name, "table")
+    if form not in quick.WRITE_OUT.choices:
         return  # left to click
     assert by_click(words) == found
 

@@ -42,8 +42,8 @@ def test_a_host_that_runs_flannel_needs_no_flag(tmp_path):
     )
     assert found.text("prefix") == "/jxdd/other"
     assert found.items("iface") == ("eth0",)
-    assert found.source("endpoints") == f"{file}:4, FLANNEL_ETCD_ENDPOINTS"
-    assert found.source("iface") == f"{file}:11, FLANNEL_OPTIONS"
+    assert found.source("endpoints") == f"FLANNEL_ETCD_ENDPOINTS in {file}:4"
+    assert found.source("iface") == f"FLANNEL_OPTIONS in {file}:11"
 
 
 def test_precedence_is_flag_then_variables_then_toml_then_sysconfig_then_default(tmp_path):
@@ -124,11 +124,41 @@ def test_an_unknown_name_in_the_toml_file_is_an_error(tmp_path):
         settings(toml=toml)
 
 
-def test_a_broken_toml_file_is_an_error_that_names_it(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("endpoints = [\n", r"flanctl\.toml: .*\(at "),
+        ('prefix = "/a"\n\nprefix = "/b"\n', r"flanctl\.toml: .*\(at line 3, "),
+        (
+            'prefix = "/a"\nendpiont = "x"\n',
+            r'flanctl\.toml:2: unknown setting "endpiont"; did you mean endpoints\?',
+        ),
+        ('prefix = "/a"\n[registry]\nprefix = 1\n', r'flanctl\.toml:2: unknown setting "registry"'),
+        ("[prefix]\na = 1\n", r"flanctl\.toml:1: prefix takes one value or a list of them, not a table"),
+        ("timeout = 5\ncert.x = 1\n", r"flanctl\.toml:2: cert takes one value"),
+        (b'prefix = "/a"\ncert = "\xff"\n', r"flanctl\.toml:2: it is not UTF-8"),
+    ],
+)
+def test_a_broken_toml_file_is_an_error_with_its_line(tmp_path, content, says):
     toml = tmp_path / "flanctl.toml"
-    toml.write_text("endpoints = [\n")
-    with pytest.raises(UsageError, match=r"flanctl\.toml"):
+    toml.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=says):
         settings(toml=toml)
+
+
+def test_a_toml_value_is_found_with_its_line_and_means_what_a_flag_would(tmp_path):
+    toml = tmp_path / "flanctl.toml"
+    toml.write_text(
+        'cacert = """\nprefix = "no"\n"""\niface-regex = ["^eth[0-9]{1,2}", "^en"]\n'
+        '"prefix" = "/yes"\nip_masq = true\nendpoints = ["http://a:1", "http://b:1"]\ntimeout = 2.5\n'
+    )
+    found = settings(toml=toml)
+    assert found.source("prefix") == f"prefix in {toml}:5"
+    assert found.items("iface_regex") == ("^eth[0-9]{1,2}", "^en")
+    assert found.source("iface_regex") == f"iface-regex in {toml}:4"
+    assert found.items("endpoints") == ("http://a:1", "http://b:1")
+    assert found.switch("ip_masq")
+    assert found.seconds("timeout") == 2.5
 
 
 def test_a_password_is_never_shown_and_has_no_flag():
@@ -141,10 +171,45 @@ def test_a_password_is_never_shown_and_has_no_flag():
 
 
 @given(st.text(max_size=400))
-def test_no_sysconfig_file_makes_resolving_fail(tmp_path_factory, text):
+def test_no_sysconfig_file_is_more_than_a_usage_error_that_names_it(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("s") / "flanneld"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    settings(sysconfig=[file])
+    try:
+        settings(sysconfig=[file])
+    except UsageError as error:
+        assert str(file) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'A=1\nFLANNEL_ETCD_PREFIX="/jxdd\nB=2\n', ":2: the quote of FLANNEL_ETCD_PREFIX is never closed"),
+        (b"# x\nA=\0\n", ":2: it holds a NUL byte"),
+        (NOTE.encode("utf-16"), ": it is UTF-16, not UTF-8"),
+        (b"FLANNEL_ETCD_PREFIX=/\xff\n", ":1: it is not UTF-8"),
+    ],
+)
+def test_a_broken_sysconfig_file_is_named_with_its_line(tmp_path, content, says):
+    """Passing over it would ask, and write to, another registry than the operator configured."""
+    file = tmp_path / "flanneld"
+    file.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        settings(sysconfig=[file])
+    assert f"{file}{says}" in str(error.value)
+    assert error.value.hint == f"flanctl config check {file}"
+
+
+def test_a_sysconfig_file_with_windows_line_ends_is_read_as_systemd_reads_it(tmp_path):
+    file = tmp_path / "flanneld"
+    file.write_bytes(NOTE.replace("\n", "\r\n").encode())
+    assert settings(sysconfig=[file]).text("prefix") == "/jxdd/other"
+
+
+def test_among_a_files_variables_the_newer_name_wins_as_in_flanneld_start(tmp_path):
+    file = tmp_path / "flanneld"
+    file.write_text("FLANNEL_ETCD_PREFIX=/new\nFLANNEL_ETCD_KEY=/old\nFLANNEL_ETCD=http://old:1\n")
+    found = settings(sysconfig=[file])
+    assert (found.text("prefix"), found.text("endpoints")) == ("/new", "http://old:1")
 
 
 def test_every_flannel_flag_has_its_variable():
