@@ -98,9 +98,14 @@ reference: setup ## Write docs/reference/commands.md from the commands' --help
 	$(PY) scripts/reference
 
 .PHONY: bench
-bench: setup ## Measure side by side in namespaces (root); results in bench/results/
+bench: setup ## Measure side by side in namespaces (root); bench/results/; ARGS="--only ROWS --rounds N"
 	@scripts/need bench
 	$(PY) -m bench $(ARGS)
+
+.PHONY: bench-compare
+bench-compare: setup ## The same beside the last committed result, as ratios; ARGS="--only tcp1_bbr,rtt --rounds 3"
+	@scripts/need bench
+	$(PY) -m bench --compare $(ARGS)
 
 .PHONY: freeze
 freeze: setup ## One executable with everything in it: dist/flanctl

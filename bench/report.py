@@ -6,6 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.compare import ratio
+from bench.paths import FLANCTL
+from bench.rows import METRICS
+
 DOCUMENT = Path("docs/performance.md")
 BEGIN, END = "<!-- made by make bench: begin -->", "<!-- made by make bench: end -->"
 
@@ -20,40 +24,64 @@ def renew_table(result: dict[str, Any]) -> str:
 
 
 def render(result: dict[str, Any]) -> str:
-    samples, agent = result["samples"], result["agent"]
+    """Tables of what this result has."""
     conditions = result["conditions"]
     measured = (
-        f"Measured {result['when']} on Linux {conditions['kernel']}, {conditions['cores']} cores shared by both hosts; "
-        f"{conditions['rounds']} interleaved rounds of {conditions['seconds']} s, {conditions['congestion_control']}; "
-        f"{conditions['underlay']}. Medians (lowest to highest)."
+        f"Measured {result['when']} on Linux {conditions['kernel']}, {conditions['cores']} cores shared by both hosts and "
+        f"all tunnels; {conditions['rounds']} interleaved rounds of {conditions['seconds']:g} s; "
+        f"{conditions['underlay']}. The machine was {conditions['busy_before_percent']} % busy before, "
+        f"{conditions.get('steal_percent', 0)} % of its time was taken by its host. Medians (lowest to highest)."
     )
-    lines = [
-        measured,
-        "",
-        "| what | raw veth | kernel VXLAN | flanctl | flanctl / VXLAN |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for what, words, digits, scale in (
-        ("tcp_gbit_per_second", "TCP, one stream, Gbit/s", 2, 1.0),
-        ("packets_per_second_64_bytes", "64-byte packets received, thousands a second", 0, 1000.0),
-        ("round_trip_ms", "round trip, ms", 3, 1.0),
-    ):
-        by = samples[what]
-        cells = [_spread(by[name], digits, scale) for name in ("raw", "vxlan", "flanctl")]
-        ratio = statistics.median(by["flanctl"]) / statistics.median(by["vxlan"])
-        lines.append(f"| {words} | {' | '.join(cells)} | **{ratio:.2f}** |")
-    lines += ["", *_commands(result["processes"])]
-    lines += [
-        "",
-        "| agent | |",
-        "| --- | --- |",
-        f"| exec to READY, seconds | {_spread(agent['ready_seconds'], 2, 1)} |",
-        f"| idle CPU, percent of a core | {agent['idle_cpu_percent']:.2f} |",
-        f"| resident memory, MB (gRPC, {conditions['agents']}) | {agent['resident_mb']:.0f} |",
-        f"| threads | {agent['threads']} |",
-        "",
-    ]
+    lines = [measured, "", *_paths(result["samples"])]
+    if "lookup" in result:
+        lines += _lookup(result["lookup"])
+    if "processes" in result:
+        lines += [*_commands(result["processes"]), ""]
+    if "agent" in result:
+        agent = result["agent"]
+        lines += [
+            "| agent | |",
+            "| --- | --- |",
+            f"| exec to READY, seconds | {_spread(agent['ready_seconds'], 2, 1)} |",
+            f"| idle CPU, percent of a core | {agent['idle_cpu_percent']:.2f} |",
+            f"| resident memory, MB (gRPC, {conditions['agents']}) | {agent['resident_mb']:.0f} |",
+            f"| threads | {agent['threads']} |",
+            "",
+        ]
     return "\n".join(lines)
+
+
+def _paths(samples: dict[str, dict[str, list[float]]]) -> list[str]:
+    """A column for each path, and how flanctl's stand to the one the row is measured against."""
+    paths = list(dict.fromkeys(path for by in samples.values() for path in by))
+    if not paths:
+        return []
+    ours = [path for path in paths if path in FLANCTL]
+    lines = [
+        f"| what | {' | '.join([*paths, *(f'{path} /' for path in ours)])} |",
+        f"| --- | {' | '.join(['---'] * (len(paths) + len(ours)))} |",
+    ]
+    for metric in METRICS:
+        by = samples.get(metric.name)
+        if not by:
+            continue
+        cells = [_spread(by[path], metric.digits, 1) if path in by else "-" for path in paths]
+        for path in ours:
+            found = ratio(samples, metric.name, path, metric.against)
+            cells.append("-" if found is None else f"**{found:.2f}** {metric.against}")
+        lines.append(f"| {metric.title} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _lookup(found: dict[str, dict[str, float]]) -> list[str]:
+    """ns by number of peers."""
+    sizes = list(next(iter(found.values())))
+    lines = [
+        f"| look-up, ns, peers: | {' | '.join(sizes)} |",
+        f"| --- | {' | '.join(['---'] * len(sizes))} |",
+    ]
+    lines += [f"| {name} | {' | '.join(f'{by[size]:.0f}' for size in sizes)} |" for name, by in found.items()]
+    return [*lines, ""]
 
 
 def _commands(processes: dict[str, Any]) -> list[str]:
