@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use dataplane::routes::{Route, Routes};
 
-const LOOK_UPS: usize = 100_000;
+const LOOK_UPS: u32 = 100_000;
 const ROUNDS: usize = 7;
 
 fn main() {
@@ -60,14 +60,14 @@ fn destinations(peers: u32) -> Vec<u32> {
 }
 
 /// Nanoseconds of one look-up.
-fn median(asked: &[u32], count: usize, find: impl Fn(u32) -> Option<u32>) -> f64 {
+fn median(asked: &[u32], count: u32, find: impl Fn(u32) -> Option<u32>) -> f64 {
     let mut times: Vec<f64> = (0..ROUNDS)
         .map(|_| {
             let began = Instant::now();
-            for destination in &asked[..count] {
+            for destination in &asked[..count as usize] {
                 black_box(find(black_box(*destination)));
             }
-            began.elapsed().as_secs_f64() * 1e9 / count as f64
+            began.elapsed().as_secs_f64() * 1e9 / f64::from(count)
         })
         .collect();
     times.sort_by(f64::total_cmp);
