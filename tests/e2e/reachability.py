@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from tests.support.deadline import until
@@ -162,8 +163,17 @@ class RunningPing:
 
     def lost(self) -> int:
         """End it as Ctrl-C would. How many went unanswered, by sequence number; one in flight does not count."""
+        came = self._end()
+        return max(came) - len(set(came)) if came else -1
+
+    def longest_gap(self) -> int:
+        """End it. How many in a row went unanswered, at most."""
+        came = sorted(set(self._end()))
+        return max((after - before - 1 for before, after in pairwise([0, *came])), default=-1)
+
+    def _end(self) -> list[int]:
+        """The sequence numbers that were answered."""
         self._process.send_signal(2)
         self._process.wait(15)
         self._reader.join(15)
-        came = [int(found[1]) for line in self._said if (found := re.search(r"icmp_seq=(\d+) ttl", line))]
-        return max(came) - len(set(came)) if came else -1
+        return [int(found[1]) for line in self._said if (found := re.search(r"icmp_seq=(\d+) ttl", line))]
