@@ -24,7 +24,7 @@ test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last o
 	$(PYTEST) $(ARGS)
 
 # The tests that start flanctl as a process, told by FLANCTL_EXE which file that is, and those of the file itself.
-FROZEN := tests/frozen tests/packages packaging/tests tests/unit/test_entry.py tests/unit/commands tests/unit/compat \
+FROZEN := tests/frozen tests/packages tests/systemd packaging/tests tests/unit/test_entry.py tests/unit/commands tests/unit/compat \
 	tests/netns tests/e2e
 FLANCTL_EXE ?= $(CURDIR)/dist/flanctl
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+CGROUP_ROOTS = tuple(Path("/sys/fs/cgroup", name) for name in ("systemd", "unified", "."))
+"""Where systemd's own hierarchy may be: beside version 1's controllers, or alone."""
+
+
 def _root() -> str | None:
     return None if os.geteuid() == 0 else "not root"
 
@@ -98,6 +102,15 @@ def _debian_tree() -> str | None:
     return _netns() or _program("mmdebstrap", "dpkg-deb", "chroot")()
 
 
+def _nspawn() -> str | None:
+    """Whether a Debian tree can be booted: its systemd needs a control group of its own, its root an overlay."""
+    if why := _debian_tree() or _program("systemd-nspawn")():
+        return why
+    if not any(os.access(folder / "cgroup.procs", os.W_OK) for folder in CGROUP_ROOTS):
+        return "no control groups that systemd can be given one of"
+    return None if "\toverlay" in Path("/proc/filesystems").read_text() else "no overlay file system"
+
+
 _PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "netns": _netns,
@@ -115,6 +128,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "go": _program("go"),
     "rpm": _program("rpm"),
     "systemd": _program("systemd-analyze"),
+    "nspawn": _nspawn,
     "mandoc": _program("mandoc"),
     "shells": _program("bash", "zsh", "fish"),
     "qemu-user": _program("qemu-x86_64"),

@@ -10,10 +10,15 @@ in a mount namespace that ends with the call, so none can stay.
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _ARGUMENTS = ("--variant=minbase", "--include=iptables")
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
@@ -23,6 +28,39 @@ mount -t proc proc "$0/proc"
 mount --rbind /dev "$0/dev"
 exec chroot "$0" "$@"
 """
+
+
+def debian_folder(name: str, suite: str, arguments: Sequence[str]) -> Path:
+    """A tree that is only read, unpacked once beside its tar in the cache; several runs at once wait for the first.
+
+    `arguments` are mmdebstrap's. AssertionError with its own words where it fails.
+    """
+    tar = _tar(f"{name}-{suite}", suite, arguments)
+    folder = tar.with_suffix("")
+    with tar.with_suffix(".tar.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            new = folder.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            _unpack(tar, new)
+            new.rename(folder)
+    return folder
+
+
+def _tar(name: str, suite: str, arguments: Sequence[str]) -> Path:
+    made = subprocess.run(
+        [Path(__file__).parents[2] / "scripts/debian-tree", name, suite, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    return Path(made.stdout.strip())
+
+
+def _unpack(tar: Path, folder: Path) -> None:
+    folder.mkdir()
+    subprocess.run(["tar", "-C", folder, "-xpf", tar, "--numeric-owner"], check=True)
 
 
 @dataclass(frozen=True)
@@ -42,16 +80,7 @@ class Tree:
 
         AssertionError with mmdebstrap's own words where the mirror has no such suite.
         """
-        repository = Path(__file__).parents[2]
-        made = subprocess.run(
-            [repository / "scripts/debian-tree", f"debian-{suite}", suite, *_ARGUMENTS],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert made.returncode == 0, made.stderr
-        root.mkdir()
-        subprocess.run(["tar", "-C", root, "-xpf", made.stdout.strip(), "--numeric-owner"], check=True)
+        _unpack(_tar(f"debian-{suite}", suite, _ARGUMENTS), root)
         return cls(root)
 
     def __truediv__(self, path: str) -> Path:
