@@ -139,6 +139,9 @@ class Leases:
         self.prefix = prefix
         self.folder = subnets_prefix(prefix)
         self._wanted = dialect
+        self._read: dict[str, tuple[Entry, Lease | UnreadableLease]] = {}
+        """What the last list held, replaced whole (several threads list): an entry that is still the same is not
+        understood anew."""
 
     @property
     def _dialect(self) -> Dialect:
@@ -196,8 +199,13 @@ class Leases:
 
     def _table(self, snapshot: Snapshot, entries: Iterable[Entry]) -> LeaseTable:
         unreadable = [bad.key.decode(errors="backslashreplace") for bad in snapshot.unreadable]
+        before, now = self._read, {}
+        for entry in entries:
+            known = before.get(entry.key)
+            now[entry.key] = known if known is not None and known[0] == entry else (entry, self.read(entry))
+        self._read = now
         return table_of(
-            (self.read(entry) for entry in entries),
+            [found for _, found in now.values()],
             snapshot.revision,
             [
                 UnreadableLease(key, "bad-key", "the key is not UTF-8", _guess(key.removeprefix(self.folder)))

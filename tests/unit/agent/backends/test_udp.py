@@ -304,3 +304,17 @@ def test_after_a_stop_the_device_stays_and_the_next_start_takes_it_over(desks: l
     successor.start(OWN)
     assert successor.apply([PEER]).failed == ()
     assert first.reaches_peer()
+
+
+def test_peers_the_data_plane_has_already_are_told_anew_once_it_was_made_anew(desk: Desk) -> None:
+    peers = (PEER,)
+    desk.started().backend.apply(peers)
+    desk.backend.apply(peers)
+    assert desk.reaches_peer()
+    desk.kernel.delete_link("flannel0")
+    assert desk.backend.apply(peers).repaired
+    assert desk.reaches_peer()
+    desk.backend.apply(())
+    assert desk.backend.counters()["drop_no_route"] == 0
+    desk.kernel.tuns["flannel0"].send(inner("172.17.41.2", "172.17.7.2"))
+    until(lambda: desk.backend.counters()["drop_no_route"] == 1)
