@@ -101,6 +101,7 @@ reference: setup ## Write docs/reference/commands.md from the commands' --help
 bench: setup ## Measure side by side in namespaces (root); bench/results/; ARGS="--only ROWS --rounds N"
 	@scripts/need bench
 	$(PY) -m bench $(ARGS)
+	$(PY) -m bench.registry
 
 .PHONY: bench-compare
 bench-compare: setup ## The same beside the last committed result, as ratios; ARGS="--only tcp1_bbr,rtt --rounds 3"

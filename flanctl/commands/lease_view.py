@@ -73,10 +73,13 @@ def show(view: View, form: str) -> None:
         _table(view)
 
 
-def look(registry: Session, wanted: IPv4Network | IPv4Address | None = None) -> View:
+def look(
+    registry: Session, wanted: IPv4Network | IPv4Address | None = None, *, with_ttl: bool = True
+) -> View:
     """Config and leases, then everything that follows from the two; rows for all leases, or for what is wanted.
 
-    What is wrong with a lease shows only beside all others; TTLs, which cost a request each, are asked for the rows.
+    What is wrong with a lease shows only beside all others; TTLs, which cost a request each, are asked for the rows, or
+    for none.
     """
     from flanctl.agent.kernel.addresses import local_addresses
     from flanctl.model.peers import lease_problems
@@ -86,7 +89,7 @@ def look(registry: Session, wanted: IPv4Network | IPv4Address | None = None) -> 
     config = read_config(registry.store, registry.prefix, registry.wanted_dialect).config
     leases = registry.leases()
     with output.Progress("asking how long leases last") as progress:
-        table = leases.table(with_ttl=wanted is None, progress=progress)
+        table = leases.table(with_ttl=with_ttl and wanted is None, progress=progress)
     shown = table.leases if wanted is None else leases.find(wanted)
     problems = lease_problems(table.leases, config)
     announced = announcements(registry.store, registry.prefix)
@@ -133,7 +136,7 @@ def _table(view: View) -> None:
                     row.lease.subnet,
                     row.lease.attributes.public_ip,
                     row.backend,
-                    "never" if row.lease.reservation else output.age(row.ttl),
+                    _left(row),
                     row.kind,
                     row.runs,
                     row.host,
@@ -152,6 +155,12 @@ def _table(view: View) -> None:
         output.note(f"{len(unreadable)} {noun} cannot be read: {shown}{more}")
 
 
+def _left(row: Row) -> str:
+    if row.lease.reservation:
+        return "never"
+    return "?" if row.ttl is None else output.age(row.ttl)
+
+
 def details(row: Row) -> list[tuple[str, object]]:
     attributes = row.lease.attributes
     return [
@@ -162,7 +171,7 @@ def details(row: Row) -> list[tuple[str, object]]:
             "DATA",
             "-" if attributes.backend_data is None else json.dumps(attributes.backend_data, default=str),
         ),
-        ("TTL", "never" if row.lease.reservation else output.age(row.ttl)),
+        ("TTL", _left(row)),
         ("KIND", row.kind),
         ("KEY", row.lease.key),
         ("REVISION", row.lease.revision),

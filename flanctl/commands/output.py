@@ -51,8 +51,10 @@ def json(document: Mapping[str, object]) -> None:
 
 def simple(rows: Sequence[Sequence[object]]) -> None:
     """Tab-separated rows; None prints as `-`."""
-    for row in rows:
-        data("\t".join("-" if cell is None else printable(str(cell)) for cell in row))
+    lines = ["\t".join("-" if cell is None else printable(str(cell)) for cell in row) + "\n" for row in rows]
+    # Piece by piece: a stream is flushed at each write, and twenty thousand lines are no reason for as many calls.
+    for start in range(0, len(lines), 1000):
+        streams.out().write("".join(lines[start : start + 1000]))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:

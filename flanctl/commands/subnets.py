@@ -11,20 +11,26 @@ from flanctl.errors import NotFound
 
 
 @click.command()
+@click.option(
+    "--no-ttl",
+    is_flag=True,
+    help="Do not ask how long leases last: etcd v3 wants a request for each of them.",
+)
 @registry_options
 @output_options
-def ls() -> None:
+def ls(no_ttl: bool) -> None:
     """List all subnets with their hosts.
 
     \b
-    Example:
+    Examples:
       flanctl subnets ls
       flanctl subnets ls -w simple | cut -f1,2
+      flanctl subnets ls --no-ttl          # quick also with thousands of hosts
     """
     from flanctl.commands.session import session
 
     with session() as registry:
-        view = lease_view.look(registry)
+        view = lease_view.look(registry, with_ttl=not no_ttl)
     lease_view.show(view, write_out())
 
 

@@ -6,6 +6,7 @@ LeaseAttributes(IPv4Address("192.168.6.2")).format(Dialect.V0_7)      # b'{"Publ
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ _FIELDS = {
     fold(name): name for name in ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
 }
 _NOBODY = IPv4Address(0)
+_OCTET = rb"(0|[1-9][0-9]{0,2})"
+_UDP = re.compile(rb'\{"PublicIP":"%b\.%b\.%b\.%b"(?:,"PublicIPv6":null)?\}' % ((_OCTET,) * 4))
+"""What flannel writes for the udp backend. Read without the scanner in a tenth of its time: there may be thousands."""
 
 
 class _NotJsonError(JsonError):
@@ -55,6 +59,10 @@ class LeaseAttributes:
         Like Go: keys in any case, of two equal ones the last, null is absent. Unlike flannel, a value that names no
         host at all (`{}` reads as 0.0.0.0 there) is refused.
         """
+        if usual := _UDP.fullmatch(value):
+            a, b, c, d = map(int, usual.groups())
+            if 0 < max(a, b, c, d) < 256:
+                return cls(IPv4Address(a << 24 | b << 16 | c << 8 | d))
         _, _, document = json_text.parse(value, name=_NAME, error=_NotJsonError)
         if not isinstance(document, Object):
             raise Invalid(f"{_NAME} is {describe(document)}, not an object", id="bad-value")

@@ -57,6 +57,17 @@ def test_the_table(registry):
     assert max(map(len, answer.out.splitlines())) <= 100
 
 
+def test_without_ttls_the_columns_are_the_same_and_nobody_is_asked_for_them(registry):
+    lines = flanctl("subnets", "ls", "--no-ttl", "-w", "simple", env=registry).out.splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "172.17.7.0/24\t192.168.6.15\tlease\t-\tudp\tflanneld\t-\t-"
+    assert {line.split("\t")[3] for line in lines} == {"-"}
+    table = flanctl("subnets", "ls", "--no-ttl", env=registry).out.splitlines()
+    assert [line.split()[-5] for line in table[2:4]] == ["?", "never"]
+    first = json.loads(flanctl("subnets", "ls", "--no-ttl", "-w", "json", env=registry).out)["subnets"][0]
+    assert (first["ttl_seconds"], first["expires"]) == (None, None)
+
+
 def test_simple_is_a_promise(registry):
     assert flanctl("subnets", "ls", "-w", "simple", env=registry).out == (
         "172.17.7.0/24\t192.168.6.15\tlease\t81699\tudp\tflanneld\t-\t-\n"

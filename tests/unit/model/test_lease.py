@@ -215,3 +215,20 @@ def test_odd_values_are_at_most_invalid(document: dict[str, Any]) -> None:
     except Invalid:
         return
     assert LeaseAttributes.parse(attributes.format(Dialect.V0_28)) == attributes
+
+
+OCTETS = st.lists(
+    st.integers(0, 255).map(str) | st.sampled_from(["00", "01", "256", "999", ""]), min_size=3, max_size=5
+)
+
+
+@given(OCTETS.map(".".join), st.sampled_from(["", ',"PublicIPv6":null']))
+def test_the_quick_way_through_a_usual_value_reads_what_the_scanner_reads(address: str, rest: str) -> None:
+    def read(text: str) -> LeaseAttributes | str:
+        try:
+            return LeaseAttributes.parse(text.encode())
+        except Invalid as error:
+            return error.id
+
+    # A space is JSON all the same, and takes the other way.
+    assert read(f'{{"PublicIP":"{address}"{rest}}}') == read(f'{{"PublicIP": "{address}"{rest}}}')

@@ -142,3 +142,18 @@ def test_arbitrary_names_are_at_most_invalid(name: str) -> None:
         assert str(error).isprintable()
     else:
         assert SubnetKey.parse(key.format()) == key
+
+
+@given(
+    st.lists(st.integers(0, 255) | st.sampled_from([256, 999]), min_size=4, max_size=4), st.integers(0, 33)
+)
+def test_a_usual_name_is_read_as_ipaddress_reads_it(octets: list[int], length: int) -> None:
+    address = ".".join(map(str, octets))
+    try:
+        expected = IPv4Network(f"{address}/{length}", strict=False) if 1 <= length <= 31 else None
+    except ValueError:
+        expected = None
+    try:
+        assert SubnetKey.parse(f"{address}-{length}").subnet == expected
+    except Invalid:
+        assert expected is None
