@@ -94,7 +94,7 @@ fix: setup ## Repair what tools can repair
 	cd packaging/executable && cargo fmt
 
 .PHONY: reference
-reference: setup ## Write docs/reference/commands.md from the commands' --help
+reference: setup ## Write docs/reference: commands from their --help, settings from their table
 	$(PY) scripts/reference
 
 .PHONY: bench

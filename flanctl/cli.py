@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import click
 
 from flanctl import __version__, streams, version_line
+from flanctl.commands.groups import PATH, SETTINGS, LazyGroup
 from flanctl.commands.options import flags_of, output_options, registry_options, write_out
 from flanctl.complaint import complain, ended
 
@@ -22,48 +22,8 @@ if TYPE_CHECKING:
     from flanctl.errors import FlanctlError
 
 
-class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports one when it is asked for."""
-
-    def __init__(self, *args: object, lazy: Mapping[str, str] | None = None, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # click's own signature, passed through
-        self.lazy = dict(lazy or {})
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        return list(self.lazy)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        where = self.lazy.get(cmd_name)
-        if where is None:
-            return None
-        module, _, attribute = where.partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
-
-    def _shown(self, ctx: click.Context) -> list[str]:
-        """Without those only the program itself calls."""
-        return [name for name in self.lazy if not getattr(self.get_command(ctx, name), "hidden", False)]
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the nearest command when there is none of that name, and remember which one runs."""
-        try:
-            found = super().resolve_command(ctx, args)
-            ctx.meta[PATH] = f"{ctx.command_path} {found[0]}"
-            return found
-        except click.UsageError as error:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], self._shown(ctx), n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self._shown(ctx))}"
-            raise click.UsageError(error.message.rstrip(".") + hint, ctx) from None
-
-
-PATH = "flanctl.path"
 COMPLETE = "_FLANCTL_COMPLETE"
 """The variable by which a completion script asks, click's name for it."""
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _group(name: str, text: str, lazy: Mapping[str, str]) -> LazyGroup:
@@ -102,6 +62,7 @@ subnets = _group(
         "capacity": "flanctl.commands.capacity:capacity",
         "agent": "flanctl.commands.agent:agent",
         "status": "flanctl.commands.status:status",
+        "config": "flanctl.commands.config:config",
         "docker-opts": "flanctl.commands.docker_opts:docker_opts",
         "demo": "flanctl.commands.demo:demo",
         "demo-transfer": "flanctl.commands.demo:transfer",
@@ -118,7 +79,7 @@ def flanctl() -> None:
     """flannel for people who run their own hosts.
 
     Options may stand before or after the command. Each can be set by the variable named in brackets; on a host
-    that runs flannel, /etc/sysconfig/flanneld is read too.
+    that runs flannel, /etc/sysconfig/flanneld is read too. `flanctl config` shows which one counts.
 
     \b
     Example:

@@ -160,6 +160,15 @@ def _entries(content: str, old_comments: bool) -> Iterator[Entry]:
 
 def split(text: str) -> list[str]:
     """The words that `$NAME`, alone in an ExecStart= line, becomes. Quotes that do not end are let pass, as there."""
+    return _words(text)[0]
+
+
+def unbalanced(text: str) -> bool:
+    """Whether `split` came to the end inside of a quote."""
+    return bool(_words(text)[1])
+
+
+def _words(text: str) -> tuple[list[str], str]:
     words: list[str] = []
     word: list[str] | None = None
     quote = ""
@@ -188,7 +197,7 @@ def split(text: str) -> list[str]:
             word.append(char)
     if word is not None:
         words.append("".join(word))
-    return words
+    return words, quote
 
 
 def quoted(text: str) -> str:

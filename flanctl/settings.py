@@ -31,8 +31,9 @@ class Setting:
     """One row of the table.
 
     `flanneld` is flannel's flag (its FLANNELD_ variable follows by flannel's rule), `flannel` the variables of the
-    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, choice, number, seconds,
-    switch, list (repeated as a flag, comma separated in a variable) or patterns (repeated, never split at a comma).
+    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, address (IPv4),
+    choice, number, seconds, switch, list (repeated as a flag, comma separated in a variable) or patterns (repeated,
+    never split at a comma).
     `lowest` and `highest` bound numbers and seconds. The key in the TOML file is `name`, with - or _.
     """
 
@@ -176,12 +177,14 @@ AGENT = (
     Setting(
         "iface_can_reach",
         "The interface that the route to this address uses.",
+        kind="address",
         metavar="ADDRESS",
         flanneld="iface-can-reach",
     ),
     Setting(
         "public_ip",
         "Address that other hosts send to, if it is not the interface's.",
+        kind="address",
         metavar="ADDRESS",
         flanneld="public-ip",
     ),
@@ -246,6 +249,7 @@ AGENT = (
         "healthz_ip",
         "Address for that port.",
         default="0.0.0.0",  # noqa: S104  flanneld's default; nothing listens without a port
+        kind="address",
         metavar="ADDRESS",
         flanneld="healthz-ip",
     ),
@@ -351,16 +355,43 @@ class Settings:
             raise self._bad(name, "one of " + ", ".join(allowed) if len(allowed) > 1 else allowed[0])
         return text
 
+    def address(self, name: str) -> str:
+        from ipaddress import AddressValueError, IPv4Address
+
+        try:
+            IPv4Address(self.text(name))
+        except AddressValueError:
+            raise self._bad(name, "an IPv4 address") from None
+        return self.text(name)
+
     def check(self, name: str) -> None:
         """Raises UsageError where the value is none of its kind. What only its user can tell passes."""
         kind = TABLE[name].kind
-        if self.optional(name) is not None and kind in {"choice", "number", "seconds", "switch"}:
+        if self.optional(name) is not None and kind in {"address", "choice", "number", "seconds", "switch"}:
             getattr(self, kind)(name)
+
+    def shown(self, name: str) -> str | None:
+        """The value for people: secrets hidden, lists with commas; None where there is none."""
+        text = self.optional(name)
+        if text is None:
+            return None
+        return "(hidden)" if TABLE[name].secret else masked(name, text).replace("\n", ",")
 
     def _bad(self, name: str, wanted: str) -> UsageError:
         value = self.values[name]
-        shown = "(hidden)" if TABLE[name].secret else f'"{value.text}"'
+        shown = "(hidden)" if TABLE[name].secret else f'"{masked(name, value.text)}"'
         return UsageError(f"{TABLE[name].flag} {shown} (from {value.source}) is not {wanted}")
+
+
+def masked(name: str, text: str) -> str:
+    """A value without the password that may stand in it: `root:…`, `http://…@host`."""
+    if name == "user" and ":" in text:
+        return text.partition(":")[0] + ":(hidden)"
+    if name == "endpoints" and "@" in text:
+        import re
+
+        return re.sub(r"(^|,|//)[^,@]*@", r"\1(hidden)@", text)
+    return text
 
 
 DURATION = "a duration such as 5s, 500ms or 2m"
@@ -442,8 +473,15 @@ def _content(path: StrPath) -> bytes | None:
 def toml_values(path: StrPath) -> dict[str, Value]:
     """What the file sets, by setting name. Raises UsageError with the line, NotPermitted."""
     content = _content(path)
-    if content is None:
-        return {}
+    values: dict[str, Value] = {}
+    for key, raw, line in () if content is None else toml_entries(content, str(path)):
+        row = toml_row(key, path, line)
+        values[row.name] = Value(_toml_text(row, raw, f"{path}:{line}"), key, str(path), line)
+    return values
+
+
+def toml_entries(content: bytes, path: str) -> list[tuple[str, object, int]]:
+    """Key, value and line of all that stands at the document's top level. Raises UsageError."""
     import tomllib
 
     try:
@@ -452,17 +490,17 @@ def toml_values(path: StrPath) -> dict[str, Value]:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(f"cannot read settings from {path}:{line}: it is not UTF-8") from None
     try:
-        document = tomllib.loads(text)
+        return [(key, raw, _line_of(key, text)) for key, raw in tomllib.loads(text).items()]
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"cannot read settings from {path}: {error}") from None
-    values = {}
-    for key, raw in document.items():
-        line = _line_of(key, text)
-        row = TABLE.get(key.replace("-", "_"))
-        if row is None:
-            raise UsageError(f'{path}:{line}: unknown setting "{key}"{nearest(key, TABLE)}')
-        values[row.name] = Value(_toml_text(row, raw, f"{path}:{line}"), key, str(path), line)
-    return values
+
+
+def toml_row(key: str, path: StrPath, line: int) -> Setting:
+    """The setting a key means. Raises UsageError that names the nearest."""
+    row = TABLE.get(key.replace("-", "_"))
+    if row is None:
+        raise UsageError(f'{path}:{line}: unknown setting "{key}"{nearest(key, TABLE)}')
+    return row
 
 
 def _toml_text(row: Setting, raw: object, where: str) -> str:

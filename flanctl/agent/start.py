@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from ipaddress import AddressValueError, IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,12 +83,6 @@ def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
 
 
 def _healthz(settings: Settings) -> tuple[str, int] | None:
-    text = settings.text("healthz_ip")
-    try:
-        address = str(IPv4Address(text))
-    except AddressValueError:
-        raise UsageError(
-            f'--healthz-ip "{text}" (from {settings.source("healthz_ip")}) is not an IPv4 address'
-        ) from None
+    address = settings.address("healthz_ip")
     port = settings.number("healthz_port")
     return (address, port) if port else None

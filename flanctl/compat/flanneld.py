@@ -10,39 +10,23 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
 from flanctl.errors import INTERRUPTED, FlanctlError, LeaseLost, UsageError
-from flanctl.flanneld_flags import ENDPOINTS, FLAGS, PREFIX, SWITCHES, Fate
-from flanctl.go_flags import BadFlag, boolean, flags_in, integer
+from flanctl.flanneld_flags import ENDPOINTS, FLAGS, PREFIX
+from flanctl.flanneld_line import parse, read_environment, refuse, threshold
 from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from flanctl.compat.glog import Glog
-    from flanctl.flanneld_flags import Flag
+    from flanctl.flanneld_line import CommandLine
     from flanctl.settings import Settings
 
 DEFAULTS = {"endpoints": ENDPOINTS, "prefix": PREFIX}
 """Settings whose default is another one than flanctl's."""
-
-
-@dataclass(slots=True)
-class CommandLine:
-    """Flags and variables after flannel's rules: last one wins, a list collects. Values by flag name."""
-
-    flags: dict[str, str] = field(default_factory=dict)
-    variables: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def text(self, name: str) -> str:
-        return self.flags.get(name, self.variables.get(name, FLAGS[name].default))
-
-    def switch(self, name: str) -> bool:
-        return boolean(self.text(name))
 
 
 def main(words: Sequence[str], *, program: str = "flanneld") -> int:
@@ -92,103 +76,6 @@ def _run(given: CommandLine, program: str) -> int:
     return 0
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
-
-
-def parse(words: Sequence[str]) -> CommandLine:
-    """Flags by Go's grammar. Raises UsageError for an unknown one, a bad value, and a word that would end the flags.
-
-    flannel 0.28.9 ends with 0 on a flag it does not know and passes over every flag behind a stray word
-    (`--ip-masq true --iface=eth0`); a unit then runs nothing, or something else than it says.
-    """
-    try:
-        return _parse(words)
-    except (UsageError, BadFlag) as error:
-        raise UsageError(str(error), hint="flanneld --help") from None
-
-
-def _parse(words: Sequence[str]) -> CommandLine:
-    given = CommandLine()
-    rest = list(words)
-    for flag in flags_in(rest, SWITCHES | {"h"}):
-        name = "help" if flag.name == "h" else flag.name
-        row = FLAGS.get(name)
-        if row is None:
-            raise UsageError(f"flag provided but not defined: -{name}{_nearest(name)}")
-        if flag.text is None and row.kind != "bool":
-            raise UsageError(f"flag needs an argument: -{name}")
-        text = _checked(row, "true" if flag.text is None else flag.text, f"-{name}")
-        if row.kind == "list" and name in given.flags:
-            text = f"{given.flags[name]}\n{text}"
-        given.flags[name] = text
-    if rest and not given.flags.keys() & {"help", "version"}:
-        raise UsageError(_stray(rest, words))
-    return given
-
-
-def _checked(row: Flag, text: str, source: str) -> str:
-    """The value, switches and numbers in one spelling. Raises UsageError with Go's words."""
-    try:
-        if row.kind == "bool":
-            return str(boolean(text)).lower()
-        if row.kind == "int":
-            return str(integer(text))
-        if row.name == "stderrthreshold":
-            from flanctl.compat.glog import threshold
-
-            threshold(text)
-    except ValueError as error:
-        kind = "boolean value" if row.kind == "bool" else "value"
-        why = error if row.kind != "string" else "it is INFO, WARNING, ERROR or FATAL"
-        raise UsageError(f'invalid {kind} "{text}" for flag {source}: {why}') from None
-    return text
-
-
-def _nearest(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name.replace("_", "-"), [known.replace("_", "-") for known in FLAGS], n=1)
-    known = next((known for known in FLAGS if near and known.replace("_", "-") == near[0]), None)
-    return f"; did you mean -{known}?" if known else ""
-
-
-def _stray(rest: list[str], words: Sequence[str]) -> str:
-    before = words[len(words) - len(rest) - 1].lstrip("-") if len(rest) < len(words) else ""
-    if before in SWITCHES and rest[0] in {"true", "false"}:
-        return (
-            f'"{rest[0]}" ends the flags, what stands behind it would be ignored; write -{before}={rest[0]}'
-        )
-    return f'unexpected word "{rest[0]}"; flanneld takes flags only'
-
-
-def read_environment(given: CommandLine, environment: Mapping[str, str]) -> None:
-    """FLANNELD_* where no flag was given; an empty one counts as unset, a bad one is said and left, as in flannel."""
-    for row in FLAGS.values():
-        text = environment.get(row.variable, "")
-        if not text or row.name in given.flags or row.name in {"help", "version"}:
-            continue
-        try:
-            given.variables[row.name] = _checked(row, text, row.variable)
-        except UsageError as error:
-            given.warnings.append(f"{error.message}; the default {row.default or 'none'} is used")
-
-
-def refuse(given: CommandLine) -> None:
-    """Raises UsageError for what would be another program; notes what has no effect here."""
-    for name, text in (given.variables | given.flags).items():
-        row = FLAGS[name]
-        shown = f"-{name}" if name in given.flags else row.variable
-        if row.fate is Fate.KEPT or text == row.default:
-            continue
-        if row.fate is Fate.REFUSED:
-            raise UsageError(f"{shown} is {row.help}")
-        given.warnings.append(f"{shown} is {row.help}")
-    if "etcd-password" in given.flags:
-        given.warnings.append(
-            "-etcd-password is seen by everyone on this host; FLANNELD_ETCD_PASSWORD is not"
-        )
-
-
 def usage() -> str:
     """--help, from the table."""
     rows = [(f"  -{row.name}{'=' + row.default if row.default else ''}", row.help) for row in FLAGS.values()]
@@ -224,12 +111,10 @@ def settings(given: CommandLine, *, environment: Mapping[str, str] | None = None
 
 
 def _log(given: CommandLine) -> Glog:
-    from flanctl.compat.glog import Glog, threshold
+    from flanctl.compat.glog import Glog
 
     to_files = not given.switch("logtostderr")
     directory = (given.text("log_dir") or os.environ.get("TMPDIR") or "/tmp") if to_files else None  # noqa: S108  glog's
-    if not to_files and given.text("log_dir"):
-        given.warnings.append("-log_dir has no effect without -logtostderr=false")
     return Glog(
         directory=directory,
         also_stderr=given.switch("alsologtostderr"),

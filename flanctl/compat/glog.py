@@ -18,22 +18,15 @@ from typing import TYPE_CHECKING
 
 from flanctl import __version__
 from flanctl.agent.log import Log
+from flanctl.flanneld_line import SEVERITIES
 
 if TYPE_CHECKING:
     from typing import TextIO
 
-SEVERITIES = ("INFO", "WARNING", "ERROR", "FATAL")
 LEVELS = {"info": 0, "ready": 0, "warn": 1, "error": 2}
 PROGRAM = "flanneld"
 MAX_BYTES = 1800 * 1024 * 1024
 """glog's size of a file, after which it begins the next."""
-
-
-def threshold(text: str) -> int:
-    """`stderrthreshold`: a severity's name or number. Raises ValueError as glog does for another."""
-    if text.upper() in SEVERITIES:
-        return SEVERITIES.index(text.upper())
-    return int(text)
 
 
 class Glog(Log):

@@ -29,6 +29,8 @@ COMMANDS = [
     "capacity",
     "agent",
     "status",
+    "config",
+    "config check",
     "docker-opts",
     "demo",
     "version",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flanctl.compat import flanneld, flanneld_start
 from flanctl.errors import UsageError
 from flanctl.flanneld_flags import FLAGS, Fate
+from flanctl.flanneld_line import CommandLine, parse, read_environment, refuse
 from flanctl.settings import TABLE
 from tests.support.cli import program
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 PAGES = (Path("docs/from-flannel.md"), Path("docs/from-flannel.zh-CN.md"))
 
 
-def given_by(*words: str, env: Mapping[str, str] | None = None) -> flanneld.CommandLine:
-    line = flanneld.parse(words)
-    flanneld.read_environment(line, env or {})
-    flanneld.refuse(line)
+def given_by(*words: str, env: Mapping[str, str] | None = None) -> CommandLine:
+    line = parse(words)
+    read_environment(line, env or {})
+    refuse(line)
     return line
 
 
@@ -123,7 +124,7 @@ def test_the_last_of_a_flag_wins_and_interfaces_collect() -> None:
 )
 def test_a_command_line_that_means_nothing_is_named(words: list[str], says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        flanneld.parse(words)
+        parse(words)
     assert says in str(caught.value)
 
 

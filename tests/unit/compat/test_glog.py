@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flanctl.compat import glog
-from flanctl.compat.glog import Glog, threshold
+from flanctl.compat.glog import Glog
+from flanctl.flanneld_line import threshold
 
 if TYPE_CHECKING:
     from pathlib import Path
