@@ -91,7 +91,8 @@ def check(files: tuple[str, ...], strict: bool) -> None:
       flanctl config check /root/new/flanneld -w json
 
     \b
-    Exit codes: 0 nothing failed, 1 something failed (with --strict: or a warning), 4 no such FILE, 7 not permitted.
+    Exit codes: 0 nothing failed, 1 something did (--strict: or a warning), 4 no such FILE,
+    7 not permitted.
     """
     from flanctl.commands.config_check import FAIL, check_environment, check_file, check_together
     from flanctl.errors import UsageError
