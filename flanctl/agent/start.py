@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flanctl.agent.log import Log
     from flanctl.settings import Settings
 
+FIRST_ASK_SECONDS = 60.0
+
 
 def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = False) -> None:
     """Run the agent these settings describe to its end, or with `check` only look whether it could.
@@ -39,6 +41,10 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
     def say(sentence: str, warning: bool) -> None:
         (log.warn if warning else log.info)(sentence)
 
+    notify = Notify()
+    if not check:
+        # Which of three members answers, and by which API, can take longer than a short TimeoutStartSec= allows.
+        notify.waiting(f"asking the registry at {settings.text('endpoints')}", seconds=FIRST_ASK_SECONDS)
     with session(settings, prefer="grpc", create=not check, say=say) as registry:
         daemon = Agent(
             options,
@@ -46,7 +52,7 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
             dialect=registry.wanted_dialect,
             look=partial(look, choice=choice),
             log=log,
-            notify=Notify(),
+            notify=notify,
             clock=BootClock(),
         )
         if check:

@@ -66,6 +66,12 @@ _NSPAWN = (
     "--capability=all", "--system-call-filter=@keyring bpf",
 )  # fmt: skip
 
+_SWITCHES = {
+    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
+    # The network is the machine's own: its sysctls are, too, which nspawn cannot know of a namespace it is given.
+    "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network",
+}
+
 
 def systemd_tree(layer: Path) -> str:
     """The folders under every machine's root, as overlayfs wants them: the frozen flanctl in `layer`, which is made, over
@@ -153,7 +159,7 @@ class Machine:
             *(*_NSPAWN, f"--machine={self.host.namespace}"),
             f"--network-namespace-path={self.host.path}",
         ]
-        environment = {**ENVIRONMENT, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
+        environment = ENVIRONMENT | _SWITCHES
         with self.console.open("ab") as console:
             nspawn = subprocess.Popen(
                 words,

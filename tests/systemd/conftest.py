@@ -6,6 +6,7 @@ systemd would take them for words of the command.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -20,6 +21,7 @@ NOTE = Path(__file__).parent / "note"
 UNITS = "usr/lib/systemd/system"
 NETWORK = IPv4Network("192.168.6.0/24")
 PREFIX = "/jxdd/network"
+CONFIG = '{"Network":"172.17.0.0/16"}'
 LEASE = '{"PublicIP":"192.168.6.2"}'
 
 
@@ -71,22 +73,29 @@ def etcdctl(machine, *words):
     return machine.ok("etcdctl", where, *words, env={"ETCDCTL_API": "2"})
 
 
-@pytest.fixture(scope="module")
-def node(tree, tmp_path_factory):
+@contextmanager
+def new_node(tree, folder):
     """The note's k8s-node2, its etcd on the same machine and running, the network's config and the lease in it."""
     with (
         Lab("note", network=NETWORK) as lab,
         Machine(
-            lab.add_host(address=IPv4Address("192.168.6.2")),
-            tree,
-            tmp_path_factory.mktemp("node"),
-            hostname="k8s-node2",
+            lab.add_host(address=IPv4Address("192.168.6.2")), tree, folder / "k8s-node2", hostname="k8s-node2"
         ) as machine,
     ):
+        # The note's other two members are down, their hosts are not.
+        lab.underlay.ip_batch(
+            *(f"addr add {other}/24 dev under0" for other in ("192.168.6.5", "192.168.6.15"))
+        )
         etcd(machine)
         as_the_note_has_it(machine)
         machine.boot()
         machine.ok("systemctl", "enable", "--now", "etcd")
-        etcdctl(machine, "set", f"{PREFIX}/config", '{"Network":"172.17.0.0/16"}')
+        etcdctl(machine, "set", f"{PREFIX}/config", CONFIG)
         etcdctl(machine, "set", "--ttl", "86400", f"{PREFIX}/subnets/172.17.41.0-24", LEASE)
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def node(tree, tmp_path_factory):
+    with new_node(tree, tmp_path_factory.mktemp("node")) as machine:
         yield machine
