@@ -158,8 +158,11 @@ class Agent:
         log: Log,
         notify: Notify,
         clock: Clock,
+        stay: Callable[[str], None] = lambda _api: None,
     ) -> None:
+        """`stay` is told to which API of an etcd we hold while the registry is silent."""
         self._options = options
+        self._stay = stay
         self._observer = Observer(clock, prefix=options.prefix, subnet_file=options.subnet_file)
         store = MeteredStore(store, self._observer.meters, clock)
         self._observer.uses(store)
@@ -521,6 +524,7 @@ class Agent:
             self._known, self._known_is_of_use = None, False
             raise _StartOver
         machine.backend.prepare()
+        self._stay(known.api)
         self._log.warn(
             f"going on with what we knew last: {lease.subnet}, {len(known.peers)} peers; packets flow",
             lease_left=hours(left),
@@ -534,7 +538,15 @@ class Agent:
             return
         held = self._keeper.held
         ends = None if held.ends is None else time.time() + held.ends - self._clock.now()
-        known = Known(self._options.prefix, self._spoken, self._config_text, held.entry, ends, self._peers)
+        known = Known(
+            self._options.prefix,
+            self._spoken,
+            self._config_text,
+            held.entry,
+            ends,
+            self._peers,
+            self._store.api,
+        )
         self._saved, self._unsaved = self._clock.now(), False
         self._memory.save_known(known)
 
@@ -634,7 +646,15 @@ class Agent:
                 raise
 
         self._keeper = keeper
-        self._follower = Follower(self._leases, followed, own=held.entry.key, also=beside_leases)
+        known = () if self._known is None else (held.lease, *self._known.leases(self._leases.key))
+        self._follower = Follower(
+            self._leases,
+            followed,
+            own=held.entry.key,
+            also=beside_leases,
+            known=known,
+            revision=held.entry.revision if known else 0,
+        )
         self._crew.start("lease keeper", keep, keeper.stop)
         self._crew.start("announcer", announcer.run, announcer.stop)
         self._crew.start("peer watch", self._follower.run, self._follower.stop)

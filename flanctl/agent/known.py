@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 from flanctl.errors import Invalid
 from flanctl.files import write_atomically
 from flanctl.model.dialect import Dialect
+from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.peers import Peer
 from flanctl.registry.stores.store import Entry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 FILE = "known.json"
@@ -38,17 +40,34 @@ class Known:
 
     prefix: str
     dialect: Dialect
-    """What the network speaks; a registry that is silent does not tell whether it is etcd v2 or v3."""
+    """What the network speaks; a registry that is silent does not tell."""
     config: bytes
     entry: Entry
     ends: float | None
     """Seconds since the epoch at which the lease ends at the earliest; None for a reservation."""
     peers: tuple[Peer, ...]
+    api: str = ""
+    """Which of an etcd's two sets of keys all this is from, `v2` or `v3`; "" where there is one, or nobody knows."""
 
     @property
     def left(self) -> float | None:
         """Seconds until the lease may end."""
         return None if self.ends is None else self.ends - time.time()
+
+    def leases(self, key: Callable[[IPv4Network], str]) -> tuple[Lease, ...]:
+        """The peers' leases, as far as we know them; `key` names the key of a subnet."""
+        return tuple(
+            Lease(
+                peer.subnet,
+                LeaseAttributes(
+                    peer.public_ip, backend_type=peer.backend_type, backend_data=peer.backend_data
+                ),
+                0,
+                reservation=False,
+                key=key(peer.subnet),
+            )
+            for peer in self.peers
+        )
 
 
 def save(folder: Path, known: Known) -> None:
@@ -65,6 +84,7 @@ def save(folder: Path, known: Known) -> None:
             [str(peer.subnet), str(peer.public_ip), peer.backend_type, peer.backend_data]
             for peer in known.peers
         ],
+        "api": known.api,
     }
     write_atomically(folder / FILE, json.dumps(document).encode() + b"\n", mode=0o600)
 
@@ -98,6 +118,7 @@ def _parse(document: dict[str, Any]) -> Known:
         raise ValueError
     prefix, config, ends = document["prefix"], document["config"], document["ends"]
     key, value, revision, lease = document["lease"]
+    api = document.get("api", "")  # version 0.6 did not write it
     peers = []
     for subnet, public_ip, kind, data in document["peers"]:
         if not isinstance(kind, str | None):
@@ -105,6 +126,7 @@ def _parse(document: dict[str, Any]) -> Known:
         peers.append(Peer(IPv4Network(subnet), IPv4Address(public_ip), kind, data))
     if not (
         isinstance(prefix, str)
+        and api in {"", "v2", "v3"}
         and isinstance(config, str)
         and isinstance(key, str)
         and isinstance(value, str)
@@ -114,4 +136,4 @@ def _parse(document: dict[str, Any]) -> Known:
     ):
         raise TypeError
     entry = Entry(key, b64decode(value), revision, lease)
-    return Known(prefix, Dialect(document["dialect"]), b64decode(config), entry, ends, tuple(peers))
+    return Known(prefix, Dialect(document["dialect"]), b64decode(config), entry, ends, tuple(peers), api)

@@ -54,6 +54,7 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
             log=log,
             notify=notify,
             clock=BootClock(),
+            stay=registry.stay,
         )
         if check:
             daemon.check()

@@ -14,7 +14,10 @@ else has its subnet or its host another one:
 - after a list in which leases are missing *and* the registry does not look like the one we knew, `DOUBT_SECONDS`: its
   revision went back, or the network's config is gone from it, or our own lease is among the missing. So looks a server
   that answers from an empty disk, and an etcd that lost its data, in which every host writes its key again at once.
-  Nothing is waited for when the registry looks as ever: revision not lower, config there, our own lease there.
+  Nothing is waited for when the registry looks as ever: revision not lower, config there, our own lease there. Until it
+  does, each further list, however empty, is doubted like the first one.
+
+A follower may begin with what an agent before it knew (`known`): then its first list is compared like any other.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from flanctl.registry.leases import LeaseTable, RegistryBack, RegistryTrouble, t
 from flanctl.registry.stores.store import Compacted, Delete, Progress, Put
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from flanctl.registry.leases import Leases, UnreadableLease
     from flanctl.registry.stores.store import Entry, Event, Watch
@@ -82,7 +85,10 @@ class Follower:
         own: str | None = None,
         also: Callable[[Put | Delete], None] | None = None,
         relist_seconds: float = RELIST_SECONDS,
+        known: Sequence[Lease] = (),
+        revision: int = 0,
     ) -> None:
+        """`known` are the leases of a time when the registry was at `revision` or later and had a config."""
         self._leases = leases
         self._clock = leases.clock
         self._post = post
@@ -93,12 +99,12 @@ class Follower:
         self._stop = threading.Event()
         self._stir = threading.Event()
         self._lock = threading.Lock()
-        self._known: dict[str, Lease | UnreadableLease] = {}
+        self._known: dict[str, Lease | UnreadableLease] = {lease.key: lease for lease in known}
         self._kept: dict[str, tuple[Lease, float]] = {}
         """Leases that are gone, and until when they are kept all the same."""
-        self._revision = 0
+        self._revision = revision
         self._config: Entry | None = None
-        self._had_config = False
+        self._had_config = bool(known)
         self._doubt: str | None = None
         self._listed = False
         self._marked = False
@@ -179,21 +185,22 @@ class Follower:
                 key: lease for key, lease in before.items() if isinstance(lease, Lease) and key not in known
             }
             why = self._why_doubt(missing, table.revision, config)
-            if why is None and config is None and self._doubt is not None:
-                why = self._doubt  # a registry without the network's config is not whole yet
+            if why is None and self._doubt is not None and self._is_not_whole(known, config):
+                why = self._doubt
+            if why is not None:  # what an earlier list lacked is no more gone than what this one lacks
                 self._kept = {key: (lease, now + DOUBT_SECONDS) for key, (lease, _) in self._kept.items()}
             until = now + (GRACE_SECONDS if why is None else DOUBT_SECONDS)
             for key, lease in missing.items():
                 self._kept[key] = lease, until
             for key in known:
                 self._kept.pop(key, None)
-            told = why != self._doubt
+            told, missed = why != self._doubt, len(self._kept)
             self._doubt = why
             self._known = known
             self._revision = table.revision
             self._listed = True
         if told:
-            self._post(RegistryDoubted(why, len(missing)))
+            self._post(RegistryDoubted(why, missed))
         if first or changed:
             self._mark()
         self._take_config(config, first=first)
@@ -209,6 +216,10 @@ class Follower:
         if self._own in missing and len(missing) > 1:
             return "our own lease is missing too"
         return None
+
+    def _is_not_whole(self, known: Mapping[str, Lease | UnreadableLease], config: Entry | None) -> bool:
+        """Without the network's config, or without our own lease, which its keeper writes again within a second."""
+        return config is None or (self._own is not None and self._own not in known)
 
     def _take_config(self, entry: Entry | None, *, first: bool = False) -> None:
         if first or entry != self._config:

@@ -40,6 +40,13 @@ class Session:
         """Ask it after the store's first answer."""
         return config.dialect_of(self.store, self.wanted_dialect)
 
+    def stay(self, api: str) -> None:
+        """Of an etcd that speaks both, go on with this one (AutoStore.stay)."""
+        from flanctl.registry.stores.switching import AutoStore
+
+        if isinstance(self.store, AutoStore):
+            self.store.stay(api)
+
     def leases(self) -> Leases:
         from flanctl.registry.leases import Leases
 

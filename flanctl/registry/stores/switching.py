@@ -199,6 +199,16 @@ class AutoStore(SwitchingStore):
             if self._taken is not None:
                 self._taken.close()
 
+    def stay(self, api: str) -> None:
+        """For who goes on with a lease it has in one of them while nobody answers: that one it is, whatever comes back.
+
+        An etcd that lost its data has no config in either, and a lease written to the other would be one in another
+        network.
+        """
+        with self._deciding:
+            if self._taken is None and api in {"v2", "v3"}:
+                self._take(self._v3 if api == "v3" else self._open_v2(None), "this host's lease is there")
+
     def ask(self, call: Callable[[Store], T]) -> T:
         return call(self._taken or self._decide())
 

@@ -178,7 +178,9 @@ class House:
         self.store = self.registry.another()
         self.options(watchdog=watchdog, patient=patient, healthz=healthz)
 
-    def options(self, *, watchdog: float = 0.0, dialect: Dialect | None = Dialect.V0_28, **more) -> None:
+    def options(
+        self, *, watchdog: float = 0.0, dialect: Dialect | None = Dialect.V0_28, stay=lambda api: None, **more
+    ) -> None:
         self.agent = Agent(
             Options(
                 PREFIX, self.subnet_file, self.folder / "state", self.folder / "lock", True, True, 5.0, 3600.0, **more
@@ -189,6 +191,7 @@ class House:
             log=Log(self.text, journal=False),
             notify=Notify(f"@flanctl-test-{os.getpid()}", watchdog=watchdog),
             clock=self.clock,
+            stay=stay,
         )  # fmt: skip
 
     def look(self, config) -> FakeMachine:
@@ -832,10 +835,13 @@ def test_a_restart_during_an_outage_speaks_as_the_registry_did_that_is_silent_no
     house.store.api = "v2"
     ran_with_a_peer(house)
     assert json.loads(known.read_text())["dialect"] == "0.7"
-    house.options(dialect=None)
+    held_to: list[str] = []
+    house.store.api = ""  # as long as nobody answers
+    house.options(dialect=None, stay=held_to.append)
     house.live_until_ready()
     assert json.loads(known.read_text())["dialect"] == "0.7"
     assert "going on with what we knew last" in house.log()
+    assert held_to == ["v2"]
 
 
 def test_a_restart_during_an_outage_gives_way_when_the_registry_names_another_host(house):
@@ -862,7 +868,8 @@ def test_a_restart_after_data_loss_puts_the_lease_back_and_says_that_the_config_
         house.ready()
         house.store._failures.clear()
         until(lambda: (house.clock.advance(5), house.ours() == [key])[1])
-        until(lambda: "no-config" in problem_ids(house))
+        until(lambda: {"no-config", "registry-doubted"} <= set(problem_ids(house)))
+        assert set(house.backend.applied) == {("172.17.9.0/24",)}, "the first list it sees is an empty one"
 
     house.live(script)
 

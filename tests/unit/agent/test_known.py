@@ -32,6 +32,7 @@ KNOWN = Known(
             {"VtepMAC": "82:4b:b6:2f:54:4e"},
         ),
     ),
+    "v2",
 )
 
 
@@ -40,6 +41,17 @@ def test_what_was_saved_is_loaded_and_nobody_else_may_read_it(tmp_path):
     assert load(tmp_path) == KNOWN
     assert os.stat(tmp_path / FILE).st_mode & 0o777 == 0o600
     assert 0 < KNOWN.left < 1.8e9 - time.time() + 1
+
+
+def test_a_file_of_before_the_api_was_written_is_read(tmp_path):
+    save(tmp_path, KNOWN)
+    document = json.loads((tmp_path / FILE).read_text())
+    assert document.pop("api") == "v2"
+    (tmp_path / FILE).write_text(json.dumps(document))
+    assert load(tmp_path).api == ""
+    (tmp_path / FILE).write_text(json.dumps({**document, "api": "v9"}))
+    with pytest.raises(Invalid, match="cannot be understood"):
+        load(tmp_path)
 
 
 def test_a_reservation_has_no_end(tmp_path):

@@ -243,9 +243,58 @@ def test_an_empty_answer_after_a_full_one_is_doubted_and_routes_stay(store, cloc
         assert doubted.missing >= 3
         assert one.subnets()[:3] == ALL
         assert [str(lease.subnet) for lease in one.follower.table().kept][:3] == ALL
-        for _ in range(20):  # and nine minutes later
-            clock.advance(27.0)
+        lists = one.follower._leases.store.calls.count("list")
+
+        def listed_for_a_quarter_of_an_hour() -> bool:
+            clock.advance(30.0)
             assert one.subnets()[:3] == ALL
+            return one.follower._leases.store.calls.count("list") >= lists + 30
+
+        until(listed_for_a_quarter_of_an_hour, seconds=20)  # each list as empty as the first
+    finally:
+        one.stop()
+
+
+@pytest.mark.parametrize(
+    ("revision", "config", "why"),
+    [
+        (5, True, "its revision went back from 900 to "),
+        (1000, False, "/jxdd/network/config is gone too"),
+        (1000, True, "our own lease is missing too"),
+    ],
+)
+def test_the_first_list_is_doubted_too_where_it_lacks_what_an_agent_before_knew(
+    store, clock, revision, config, why
+):
+    leases = Leases(store, PREFIX, Dialect.V0_28, clock)
+    for third in (1, 2, 3):
+        put(store, third, address=third)
+    known = leases.table().leases
+    empty = MemoryStore(clock)
+    if config:
+        empty.create(f"{PREFIX}/config", b"{}", ttl=None)
+    empty._data.revision = revision
+    one = Followed(empty, clock, own=known[0].key, known=known, revision=900)
+    try:
+        one.next(PeersChanged)
+        assert one.subnets() == ALL
+        assert one.follower._doubt.startswith(why)
+    finally:
+        one.stop()
+
+
+def test_a_first_list_that_lacks_a_host_an_agent_before_knew_is_believed_where_the_registry_is_whole(
+    store, clock
+):
+    store.create(f"{PREFIX}/config", b"{}", ttl=None)
+    own, other = put(store, 1, address=1), put(store, 2, address=2)
+    known = Leases(store, PREFIX, Dialect.V0_28, clock).table().leases
+    store.delete(other.key)
+    one = Followed(store.another(), clock, own=own.key, known=known, revision=own.revision)
+    try:
+        one.next(PeersChanged)
+        until(lambda: (clock.advance(0.5), one.subnets() == ["172.17.1.0/24"])[1])
+        assert one.follower._doubt is None
     finally:
         one.stop()
 

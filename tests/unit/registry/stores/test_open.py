@@ -195,6 +195,22 @@ class TestAuto:
             with store.watch("/net/", after=1) as watch:
                 assert isinstance(next(watch), Put)
 
+    @pytest.mark.parametrize("api", ["v2", "v3"])
+    def test_who_held_a_lease_in_one_stays_there_whatever_comes_back(self, v3: MemoryStore, api: str) -> None:
+        """An etcd that lost its data has no config; or an old one, in the other API."""
+        v2 = Etcd2()
+        (v2.data if api == "v3" else v3).create(CONFIG, b"old", ttl=None)
+        said: list[tuple[str, bool]] = []
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *words: said.append(words))) as store:
+            store.stay("")
+            store.stay(api)
+            assert store.get(CONFIG) is None
+            store.create("/net/subnets/172.17.41.0-24", b"ours", ttl=60)
+            assert len((v2.data if api == "v2" else v3).list("/net/subnets/").entries) == 1
+            assert said == [
+                (f"{'etcd v2' if api == 'v2' else 'memory'} is taken: this host's lease is there", False)
+            ]
+
     def test_a_v3_in_trouble_is_not_exchanged_for_what_is_left_in_v2(self, v3: MemoryStore) -> None:
         v2 = Etcd2()
         v2.data.create(CONFIG, b"old", ttl=None)
