@@ -73,11 +73,16 @@ _SWITCHES = {
 }
 
 
+def bare_tree() -> Path:
+    """The tree in the cache, made by the first who asks."""
+    return debian_folder("systemd", "bookworm", _ARGUMENTS)
+
+
 def systemd_tree(layer: Path) -> str:
     """The folders under every machine's root, as overlayfs wants them: the frozen flanctl in `layer`, which is made, over
     the tree, which lies unpacked in the cache and is written to by nobody.
     """
-    tree = debian_folder("systemd", "bookworm", _ARGUMENTS)
+    tree = bare_tree()
     (layer / "usr/bin").mkdir(parents=True)
     shutil.copy2(frozen_executable(), layer / "usr/bin/flanctl")
     return f"{layer}:{tree}"
