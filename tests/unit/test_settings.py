@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from flanctl.errors import NotPermitted, UsageError
-from flanctl.settings import PASSWORD, TABLE, resolve
+from flanctl.settings import OPTIONS, PASSWORD, TABLE, resolve
 
 NOTE = """\
 # Flanneld configuration options
@@ -46,26 +47,69 @@ def test_a_host_that_runs_flannel_needs_no_flag(tmp_path):
     assert found.source("iface") == f"FLANNEL_OPTIONS in {file}:11"
 
 
-def test_precedence_is_flag_then_variables_then_toml_then_sysconfig_then_default(tmp_path):
-    toml, sysconfig = tmp_path / "flanctl.toml", tmp_path / "flanneld"
-    toml.write_text('endpoints = ["http://toml:2379"]\n')
-    sysconfig.write_text("FLANNEL_ETCD_ENDPOINTS=http://sysconfig:2379\n")
-    env = {
-        "FLANCTL_ENDPOINTS": "http://flanctl:2379",
-        "FLANNELD_ETCD_ENDPOINTS": "http://flanneld:2379",
-        "FLANNEL_ETCD_ENDPOINTS": "http://flannel:2379",
-        "ETCDCTL_ENDPOINTS": "http://etcdctl:2379",
-    }
-    order = ["flag", *env, "toml", "sysconfig", "default"]
-    expected = ["flag", "flanctl", "flanneld", "flannel", "etcdctl", "toml", "sysconfig", "127.0.0.1"]
-    for skip in range(len(order)):
-        found = settings(
-            flags={"endpoints": "http://flag:2379"} if skip < 1 else {},
-            env={name: text for at, (name, text) in enumerate(env.items(), 1) if at >= skip},
-            toml=toml if skip < 6 else Path("/nonexistent"),
-            sysconfig=[sysconfig] if skip < 7 else (),
-        )
-        assert f"//{expected[skip]}:" in found.text("endpoints"), order[skip]
+def _sources(row):
+    """Every place that can set it, strongest first."""
+    files = [
+        (file, name) for file in FILES for name in ((OPTIONS,) if row.flanneld else ()) + row.variables()
+    ]
+    return [("flag", row.flag), *(("variable", name) for name in row.variables()), ("toml", row.name), *files]
+
+
+FILES = ("sysconfig", "default")
+
+
+@given(st.data())
+@hypothesis_settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None
+)
+def test_of_all_places_that_set_a_setting_the_strongest_counts(tmp_path, data):
+    """flag, FLANCTL_*, FLANNELD_*, FLANNEL_*, ETCDCTL_*, TOML, sysconfig's flags, its variables, the next file, default."""
+    row = data.draw(st.sampled_from(list(TABLE.values())))
+    sources = _sources(row)
+    used = data.draw(st.lists(st.sampled_from(range(len(sources))), unique=True).map(sorted))
+    empty = data.draw(st.sets(st.sampled_from(range(len(sources)))))
+    flags, env, toml, files = {}, {}, "", {file: [] for file in FILES}
+    told = []
+    for number in used:
+        place, name = sources[number]
+        unset = number in empty and place != "flag" and name not in {row.name, OPTIONS}
+        text = "" if unset else f"v{number:02}"
+        if place == "flag":
+            flags[row.name] = text
+        elif place == "variable":
+            env[name] = text
+        elif place == "toml":
+            toml = f"# a comment\n{data.draw(st.sampled_from([row.name, row.name.replace('_', '-')]))} = '{text}'\n"
+        elif name == OPTIONS:
+            files[place].append(f'{OPTIONS}="-v=0 -{row.flanneld}={text} --nosuch x"')
+        else:
+            files[place].append(f"{name}={text}")
+        if not unset:
+            told.append((text, place, name))
+    (tmp_path / "flanctl.toml").write_text(toml)
+    paths = []
+    for file, lines in files.items():
+        paths.append(tmp_path / file)
+        paths[-1].write_text("\n".join(data.draw(st.permutations(lines))))
+    found = settings(flags, env, tmp_path / "flanctl.toml", paths).values.get(row.name)
+    if told:
+        text, place, name = told[0]
+        assert found.text == text
+        if place == "toml":
+            assert found.source.replace("-", "_") == f"{row.name} in {tmp_path}/flanctl.toml:2".replace(
+                "-", "_"
+            )
+        elif place in FILES:
+            line = next(
+                n for n, each in enumerate((tmp_path / place).read_text().split("\n"), 1) if text in each
+            )
+            assert found.source == f"{name} in {tmp_path / place}:{line}"
+        else:
+            assert found.source == name
+    elif row.default is None:
+        assert found is None
+    else:
+        assert (found.text, found.source) == (row.default, "default")
 
 
 def test_a_pattern_may_hold_a_comma():

@@ -77,9 +77,38 @@ def test_defaults_are_flannels() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_the_documents_show_the_table(page: Path) -> None:
-    text = page.read_text()
-    rows = dict(re.findall(r"^\| `-([\w-]+)` \| (kept|accepted|refused)", text, re.MULTILINE))
-    assert rows == {flag.name: flag.fate.value for flag in FLAGS.values()}
+    """Name, fate, default and versions of every flag, in the table's order, each with a word on it."""
+    cells = re.findall(
+        r"^\| `-([\w-]+)` \| (kept|accepted|refused) \| (?:`(.*?)`)? *\| (.*?) \| (.+) \|$",
+        page.read_text(),
+        re.MULTILINE,
+    )
+    assert [row[:4] for row in cells] == [
+        (flag.name, flag.fate.value, flag.default, flag.versions) for flag in FLAGS.values()
+    ]
+
+
+FLANNEL = """
+    etcd-endpoints http://127.0.0.1:4001,http://127.0.0.1:2379 AC; etcd-prefix /coreos.com/network AC; etcd-keyfile AC;
+    etcd-certfile AC; etcd-cafile AC; etcd-username AC; etcd-password AC; kube-subnet-mgr false AC; public-ip AC;
+    subnet-file /run/flannel/subnet.env AC; subnet-lease-renew-margin 60 AC; ip-masq false AC; version false AC; iface AC;
+    help false AC; listen A; remote A; remote-keyfile A; remote-certfile A; remote-cafile A; networks A;
+    watch-networks false A; subnet-dir /run/flannel/networks A; iface-regex C; iface-can-reach C; public-ipv6 C;
+    kube-api-url C; kubeconfig-file C; kube-annotation-prefix flannel.alpha.coreos.com C;
+    net-config-path /etc/kube-flannel/net-conf.json C; set-node-network-unavailable true C; healthz-ip 0.0.0.0 C;
+    healthz-port 0 C; iptables-resync 5 C; iptables-forward-rules true C; ip-masq-fully-random-disable false C;
+    ip-blackhole-route false C; v 0 AC; vmodule AC; log_backtrace_at AC; logtostderr true A; alsologtostderr false A;
+    stderrthreshold ERROR A; log_dir A
+"""
+"""Flag, default, versions (A: 0.7.1, C: 0.28.9) as the real programs' sources have them (flannel.md 1.1)."""
+
+
+def test_every_flag_of_both_flannels_is_in_the_table_with_its_default() -> None:
+    theirs = {}
+    for words in (row.split() for row in FLANNEL.split(";")):
+        versions = {"A": "0.7.1", "C": "0.28.9", "AC": "0.7.1, 0.28.9"}[words[-1]]
+        theirs[words[0]] = (words[1] if len(words) == 3 else "", versions)
+    assert {flag.name: (flag.default, flag.versions) for flag in FLAGS.values()} == theirs
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -162,6 +191,78 @@ def test_a_password_on_the_command_line_works_and_is_warned_of_without_being_sho
     line = given_by("-etcd-username=root", "-etcd-password=geheim")
     assert flanneld.settings(line, environment={}).text("password") == "geheim"
     assert any("-etcd-password is seen by everyone" in warning for warning in line.warnings)
+    assert "geheim" not in str(line.warnings)
+
+
+SAMPLE = {"bool": "true", "int": "7", "string": "x", "list": "x"}
+
+
+def sample(name: str) -> str:
+    """A value that is not the default."""
+    row = FLAGS[name]
+    if name == "stderrthreshold":
+        return "INFO"
+    return "false" if row.default == "true" else SAMPLE[row.kind]
+
+
+@pytest.mark.parametrize("name", sorted(set(FLAGS) - {"help", "version"}))
+def test_every_flag_and_its_variable_does_what_the_table_says(name: str) -> None:
+    """KEPT arrives in the settings (or the log's), ACCEPTED makes one line, REFUSED ends it; flag and variable alike."""
+    row, text = FLAGS[name], sample(name)
+    given = [f"-{name}={text}"], [f"--{name}={text}"], [f"-{name}", text]
+    ways = [(words, {}) for words in given[: 2 if row.kind == "bool" else 3]]
+    for words, env in [*ways, ([], {row.variable: text})]:
+        if row.fate is Fate.REFUSED:
+            with pytest.raises(UsageError, match=f"{'-' + name if words else row.variable} is refused: "):
+                given_by(*words, env=env)
+            continue
+        line = given_by(*words, env=env)
+        assert line.text(name) == text
+        ignored = [warning for warning in line.warnings if " is ignored: " in warning]
+        assert len(ignored) == (row.fate is Fate.ACCEPTED)
+        ours = next((each.name for each in TABLE.values() if each.flanneld == name), None)
+        if ours:
+            assert flanneld.settings(line, environment=env).text(ours) == text
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS))
+def test_an_empty_value_counts_as_not_given_or_is_refused_by_name(name: str) -> None:
+    row = FLAGS[name]
+    if row.kind in {"bool", "int"} or name in {"etcd-endpoints", "etcd-prefix", "stderrthreshold"}:
+        with pytest.raises(UsageError, match=f"-{name}"):
+            given_by(f"-{name}=")
+    else:
+        line = given_by(f"-{name}=")
+        ours = next((each.name for each in TABLE.values() if each.flanneld == name), None)
+        assert ours is None or flanneld.settings(line, environment={}).optional(ours) is None
+    assert given_by(env={row.variable: ""}).given() == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-log_dir=/x"], ["-log_dir has no effect without -logtostderr=false"]),
+        (["-logtostderr=false", "-log_dir=/x"], []),
+        (["-alsologtostderr"], ["-alsologtostderr has no effect without -logtostderr=false"]),
+        (["-healthz-ip=10.0.0.1"], ["-healthz-ip has no effect without -healthz-port"]),
+        (["-healthz-ip=10.0.0.1", "-healthz-port=1"], []),
+        (["-ip-masq", "-ip-masq=0"], ['-ip-masq is given twice; the last, "false", counts and not "true"']),
+        (["-ip-masq", "-ip-masq=1", "-iface=a", "-iface=b"], []),
+        (
+            ["-etcd-prefix=/a", "-etcd-prefix=/b"],
+            ['-etcd-prefix is given twice; the last, "/b", counts and not "/a"'],
+        ),
+    ],
+)
+def test_flags_that_contradict_each_other_are_named_once_and_the_rule_is_said(
+    words: list[str], says: list[str]
+) -> None:
+    assert given_by(*words).warnings == says
+
+
+def test_a_password_given_twice_is_not_shown() -> None:
+    line = given_by("-etcd-password=geheim1", "-etcd-password=geheim2")
+    assert any("-etcd-password is given twice" in warning for warning in line.warnings)
     assert "geheim" not in str(line.warnings)
 
 
@@ -252,7 +353,12 @@ def test_help_and_version_go_to_stderr_and_end_with_0() -> None:
     ("words", "code"),
     [
         (["--nosuch"], 2),
+        (["-ip-masq=maybe"], 2),
+        (["-iface"], 2),
+        (["extra"], 2),
+        (["-ip-masq", "true", "-iface=eth0"], 2),
         (["--kube-subnet-mgr"], 2),
+        (["--listen=:1", "--remote=x:1"], 2),
         (["-etcd-endpoints="], 2),
         (["-etcd-prefix="], 2),
         (["-subnet-lease-renew-margin=1440"], 2),
