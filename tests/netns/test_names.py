@@ -145,3 +145,31 @@ def test_a_wrong_config_is_waited_out_and_a_wrong_interface_or_address_ends_with
         agent = RunningAgent.start(host, tmp_path / str(number), registry, *bad, name="flanneld")
         assert agent.wait_end() == 1
         assert says in agent.log_text()
+
+
+@pytest.mark.parametrize("lacking", ["etcd", "config", "subnet"])
+def test_what_0_7_1_retries_for_ever_is_waited_for_until_it_is_there(lacking, host, registry, tmp_path):
+    """flannel.md 1.4: etcd down, no config, out of subnets; SIGTERM while it waits ends it with 0."""
+    path = registry.removeprefix("sqlite:")
+    endpoints, prefix, says = registry, "/later", r"waiting: .*/later/config"
+    lease = "/later/subnets/172.19.0.4-30"
+    if lacking == "etcd":
+        endpoints, says = "http://127.0.0.1:1", r"waiting: .*127\.0\.0\.1:1"
+    elif lacking == "subnet":
+        says = r"waiting: .*subnets taken"
+        with closing(SqliteStore(path)) as store:
+            store.create("/later/config", b'{"Network":"172.19.0.0/28","SubnetLen":30}', ttl=None)
+            for number in (4, 8, 12):
+                key = f"/later/subnets/172.19.0.{number}-30"
+                store.create(key, b'{"PublicIP":"10.9.9.%d"}' % (number + 1), ttl=3600.0)
+    flags = (f"-etcd-endpoints={endpoints}", f"-etcd-prefix={prefix}", "-iface=eth0")
+    agent = RunningAgent.start(host, tmp_path / "agent", endpoints, *flags, name="flanneld")
+    agent.wait_log(says)
+    if lacking != "etcd":
+        with closing(SqliteStore(path)) as store:
+            if lacking == "config":
+                store.create("/later/config", b'{"Network":"172.19.0.0/16"}', ttl=None)
+            else:
+                store.delete(lease, expected=store.get(lease).revision)
+        assert agent.ready["network"].startswith("172.19.0.0/")
+    assert agent.terminate() == 0
