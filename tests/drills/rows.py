@@ -42,6 +42,12 @@ HEADS = {
 TITLES = {
     "leader-killed": ("leader killed", "杀死 leader"),
     "follower-killed": ("follower killed", "杀死 follower"),
+    "list-during-failover": ("20,000 leases listed while the leader dies", "leader 被杀时列出 20,000 个租约"),
+    "disk-full": ("NOSPACE alarm: etcd takes no writes", "NOSPACE 告警:etcd 拒绝写入"),
+    "auth-on": ("logins switched on and off", "开启再关闭登录认证"),
+    "token-expiry": ("tokens end between all uses", "令牌在两次使用之间过期"),
+    "certificates-rotated": ("all certificates and the CA replaced", "更换全部证书和 CA"),
+    "v2-and-v3": ("v2 and v3 both hold a network, all members down", "v2 与 v3 各有一个网络,全部成员宕机"),
 }
 """Each drill's name in the tables, English and Chinese, in the order of the rows."""
 
