@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import capabilities
 from tests.support.deadline import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# A shared machine is slow for a second now and then; that says nothing about the inputs.
+settings.register_profile("shared", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("shared")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

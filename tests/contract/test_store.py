@@ -61,7 +61,7 @@ class Reader:
         return [event for event in tuple(self.events) if isinstance(event, (Put, Delete))]
 
     def wait_for(self, count: int) -> list[Put | Delete]:
-        until(lambda: len(self.changes) >= count or self.error, what=f"{count} events")
+        until(lambda: len(self.changes) >= count or self.error, seconds=60, what=f"{count} events")
         assert self.error is None, repr(self.error)
         return self.changes
 

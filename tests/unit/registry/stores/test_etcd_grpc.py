@@ -509,7 +509,7 @@ class TestWatch:
     def test_iterating_on_after_that_tries_again(self, etcd: Etcd, nobody: str) -> None:
         with opened(nobody, timeout=0.3) as store, store.watch("/a/", after=7) as watch:
             for _ in range(2):
-                with pytest.raises(RegistryUnreachable, match=r"in 0\.3"):
+                with pytest.raises(RegistryUnreachable, match=r"did not answer in \d"):
                     next(watch)
 
     @pytest.mark.parametrize("state", ["waiting", "no endpoint", "never created"])
