@@ -185,7 +185,7 @@ def test_an_ordinary_user(elsewhere, tmp_path):
     folder = tmp_path / "theirs"
     folder.mkdir()
     os.chown(folder, 65534, 65534)
-    for path in (tmp_path, *tmp_path.parents[:2]):
+    for path in (tmp_path, *tmp_path.parents[:3]):
         path.chmod(path.stat().st_mode | 0o111)
     registry = f"sqlite:{folder}/r.db"
     ok("net", "init", "--network", "10.1.0.0/16", "--endpoints", registry, exe=elsewhere, prefix=NOBODY)
