@@ -50,6 +50,13 @@ subnets = _group(
 )
 
 
+migrate = _group(
+    "migrate",
+    "Move a network's keys.\n\n\b\nExample:\n  flanctl migrate v2-to-v3 --dry-run",
+    {"v2-to-v3": "flanctl.commands.migrate:v2_to_v3"},
+)
+
+
 @click.command(
     cls=LazyGroup,
     lazy={
@@ -60,6 +67,7 @@ subnets = _group(
         "reserve": "flanctl.commands.reservations:reserve",
         "unreserve": "flanctl.commands.reservations:unreserve",
         "capacity": "flanctl.commands.capacity:capacity",
+        "migrate": "flanctl.cli:migrate",
         "agent": "flanctl.commands.agent:agent",
         "status": "flanctl.commands.status:status",
         "config": "flanctl.commands.config:config",

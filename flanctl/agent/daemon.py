@@ -159,10 +159,13 @@ class Agent:
         notify: Notify,
         clock: Clock,
         stay: Callable[[str], None] = lambda _api: None,
+        move: Callable[[Callable[[Store], str | None]], str | None] = lambda _objection: "there is no other",
     ) -> None:
-        """`stay` is told to which API of an etcd we hold while the registry is silent."""
+        """`stay` is told to which API of an etcd we hold while the registry is silent; `move` is the way from v2 to v3
+        (AutoStore.move).
+        """
         self._options = options
-        self._stay = stay
+        self._stay, self._move_store = stay, move
         self._observer = Observer(clock, prefix=options.prefix, subnet_file=options.subnet_file)
         store = MeteredStore(store, self._observer.meters, clock)
         self._observer.uses(store)
@@ -191,6 +194,7 @@ class Agent:
         self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
         self._follower: Follower
+        self._announcer: Announcer
         self.problems = Problems(log, self._observer.noted)
         self._memory = Memory(options.state_dir, options.subnet_file, log, self.problems)
         self._drops: dict[str, int] = {}
@@ -450,6 +454,7 @@ class Agent:
                     "SIGHUP: device, routes and rules are compared now; settings are read at the start only"
                 )
                 self._reload = True
+                self._move(held)
             case PathFailed(why):
                 self._observer.path_failed(why)
                 self._log.warn("data plane ended by itself", error=why)
@@ -462,6 +467,33 @@ class Agent:
         return False
 
     # ---- the steps ----------------------------------------------------------------------------------------------
+
+    def _move(self, held: Acquired) -> None:
+        """From etcd v2 to v3 while packets flow, if v3 has the network and our lease by now (decision 16)."""
+        if self._store.api != "v2":
+            return
+        there: list[Acquired] = []
+
+        def objection(v3: Store) -> str | None:
+            entry = v3.get(held.entry.key)
+            lease = None if entry is None else self._leases.read(entry)
+            if entry is None or not isinstance(lease, Lease):
+                return f"our lease {held.lease.subnet} is not there"
+            if lease.attributes.public_ip != held.lease.attributes.public_ip:
+                return f"{held.lease.subnet} is {lease.attributes.public_ip}'s there"
+            ends = None if lease.ttl is None else self._clock.now() + lease.ttl
+            there.append(replace(self._keeper.held, lease=lease, entry=entry, ends=ends))
+            return None
+
+        if (why := self._move_store(objection)) is not None:
+            self._log.info(
+                f"etcd v2 stays in use, not v3: {why}", **{"try": "flanctl migrate v2-to-v3 --both"}
+            )
+            return
+        self._keeper.moved(there[0])
+        self._announcer.look()
+        self._unsaved = True
+        self._log.info(f"moved to {self._store.describe()}", lease=held.lease.subnet)
 
     def _wait_for_config(self) -> NetworkConfig:
         """The network's config; waits for etcd and for the key, as flanneld does, but says what for."""
@@ -645,7 +677,7 @@ class Agent:
                     pass  # it ends with its time; what matters is that we end now
                 raise
 
-        self._keeper = keeper
+        self._keeper, self._announcer = keeper, announcer
         known = () if self._known is None else (held.lease, *self._known.leases(self._leases.key))
         self._follower = Follower(
             self._leases,

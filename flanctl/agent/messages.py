@@ -36,7 +36,7 @@ class LinkChanged:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """SIGHUP: nothing is read again but the machine, which is compared at once."""
+    """SIGHUP: the machine is compared at once, and with --api auto an agent on etcd v2 looks whether it may move to v3."""
 
 
 Message = (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flanctl.settings import Settings
 
-__all__ = ["Session", "connection", "dialect_of", "session"]
+__all__ = ["Session", "both_apis", "connection", "dialect_of", "session"]
 
 
 def session(
@@ -26,6 +26,11 @@ def session(
 ) -> AbstractContextManager[Session]:
     """Open the registry of `chosen`, else of the running command; making it (a file) only with `create`."""
     return registry.session(chosen or settings(), prefer=prefer, create=create, say=_say)
+
+
+def both_apis(to_endpoints: tuple[str, ...] = ()) -> AbstractContextManager[tuple[Session, Session]]:
+    """etcd v2 and v3 of the running command's servers."""
+    return registry.both_apis(settings(), to_endpoints=to_endpoints, say=_say)
 
 
 def _say(sentence: str, warning: bool) -> None:

@@ -103,9 +103,11 @@ class Announcer:
         self._withdrawn = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._bell = threading.Event()
 
     def run(self) -> None:
         while not self._stop.is_set():
+            self._bell.clear()
             try:
                 with self._lock:
                     if not self._withdrawn:
@@ -115,10 +117,15 @@ class Announcer:
                     return
                 self._report(AnnounceFailed(error))
             every = min(LOOK_SECONDS, self._ttl / 3)
-            self._clock.wait(self._stop, every * random.uniform(0.9, 1.1))  # noqa: S311  spread, not secret
+            self._clock.wait(self._bell, every * random.uniform(0.9, 1.1))  # noqa: S311  spread, not secret
+
+    def look(self) -> None:
+        """Announce now: the store is another one."""
+        self._bell.set()
 
     def stop(self) -> None:
         self._stop.set()
+        self._bell.set()
 
     def saw(self, value: bytes) -> None:
         """What stands under our key now, as a watch tells."""

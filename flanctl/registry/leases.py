@@ -144,7 +144,7 @@ class Leases:
         understood anew."""
 
     @property
-    def _dialect(self) -> Dialect:
+    def dialect(self) -> Dialect:
         return dialect_of(self.store, self._wanted)
 
     def key(self, subnet: IPv4Network) -> str:
@@ -246,7 +246,7 @@ class Leases:
                     subnet = next(pool.candidates(_taken(table, config)), None)
                     if subnet is None:
                         raise self._full(config, table, snapshot)
-                    entry = self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)
+                    entry = self.store.create(self.key(subnet), attributes.format(self.dialect), ttl=ttl)
                     how = "again" if subnet in pool.previous else "new"
             except (KeyExists, Changed):
                 continue  # somebody was faster: look again
@@ -326,7 +326,7 @@ class Leases:
 
     def _take_over(self, entry: Entry, lease: Lease, wanted: LeaseAttributes, ttl: float) -> Entry:
         """Our values into a key that names us; fields of others and the lack of a TTL stay."""
-        value = replace(wanted, unknown=lease.attributes.unknown).format(self._dialect)
+        value = replace(wanted, unknown=lease.attributes.unknown).format(self.dialect)
         if lease.reservation:
             return (
                 entry
@@ -379,7 +379,7 @@ class Leases:
         what flannel's AddReservation writes. Raises KeyExists, Changed.
         """
         if held is None:
-            value = LeaseAttributes(public_ip).format(self._dialect)
+            value = LeaseAttributes(public_ip).format(self.dialect)
             entry = self.store.create(self.key(subnet), value, ttl=None)
         else:
             entry = self._rewrite(held, ttl=None)
@@ -528,6 +528,11 @@ class Keeper:
         """The registry answers somebody else again: no need to wait until our next try."""
         if self._tries:
             self._bell.set()
+
+    def moved(self, held: Acquired) -> None:
+        """Our lease stands in another store now, as `held` says; it is renewed there at once."""
+        self.held = held
+        self.wake()
 
     def stop(self) -> None:
         self._stopping.set()

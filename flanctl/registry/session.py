@@ -7,8 +7,8 @@ with session(settings) as registry:
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from flanctl.errors import NotFound, NotPermitted, RegistryUnreachable, UsageError
@@ -47,6 +47,14 @@ class Session:
         if isinstance(self.store, AutoStore):
             self.store.stay(api)
 
+    def move(self, objection: Callable[[Store], str | None]) -> str | None:
+        """From etcd v2 to v3 (AutoStore.move); why not, where it was not done."""
+        from flanctl.registry.stores.switching import AutoStore
+
+        if isinstance(self.store, AutoStore):
+            return self.store.move(objection)
+        return f"--api {self.settings.text('api')} asks for it"
+
     def leases(self) -> Leases:
         from flanctl.registry.leases import Leases
 
@@ -83,6 +91,37 @@ def session(
         raise
     finally:
         store.close()
+
+
+@contextmanager
+def both_apis(
+    settings: Settings,
+    *,
+    to_endpoints: tuple[str, ...] = (),
+    say: Callable[[str, bool], None] = unheard,
+) -> Iterator[tuple[Session, Session]]:
+    """etcd v2 and etcd v3 of the servers the settings name, v3 at `to_endpoints` if those are given.
+
+    Each speaks its own dialect. Raises UsageError for a file, and what the stores raise later.
+    """
+    prefix = clean_prefix(settings.text("prefix"))
+    how = connection(settings, say)
+    if any(endpoint.strip().startswith("sqlite:") for endpoint in (*how.endpoints, *to_endpoints)):
+        raise UsageError("a file has neither etcd v2 nor v3", hint="--endpoints with the URLs of an etcd")
+    there = replace(how, api="v3", endpoints=to_endpoints or how.endpoints)
+    with (
+        closing(open_store(replace(how, api="v2"), prefer="gateway")) as v2,
+        closing(open_store(there, prefer="gateway", say=say)) as v3,
+    ):
+        try:
+            yield Session(settings, v2, prefix, Dialect.V0_7), Session(settings, v3, prefix, Dialect.V0_28)
+        except RegistryUnreachable as error:
+            if error.id == "no-v2":
+                error.hint = (
+                    "etcd 3.4 and 3.5 serve it with --enable-v2; 3.6 cannot: migrate before that upgrade"
+                )
+            error.hint = error.hint or "start etcd there, or name the right endpoints with --endpoints"
+            raise
 
 
 def _look_elsewhere(error: NotFound, how: Connection, key: str) -> None:

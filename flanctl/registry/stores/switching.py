@@ -246,6 +246,26 @@ class AutoStore(SwitchingStore):
                 return self._take(self._open_v2(None), "the config is there and not in v3")
             return self._v3
 
+    def move(self, objection: Callable[[Store], str | None]) -> str | None:
+        """Go on with v3 in the place of v2, if v3 holds the config now. Why not, or None if it was done.
+
+        `objection(v3)` may speak against it. Calls of others are answered by v3 from then on, and watches on v2 end.
+        """
+        with self._deciding:
+            before = self._taken
+            if before is None or before is self._v3 or self._closed:
+                return f"{self._current().name} is in use"
+            try:
+                held = self._v3.get(self._key)
+                why = f"{self._key} is not in v3" if held is None else objection(self._v3)
+            except FlanctlError as error:
+                why = error.message
+            if why is None:
+                self._take(self._v3, "the config is there now")
+        if why is None:
+            before.close()
+        return why
+
     def _take(self, store: Store, why: str) -> Store:
         self._taken, self.why = store, why
         self._say(f"{store.name} is taken: {why}", False)

@@ -99,7 +99,7 @@ MUTANTS = {
             "                there = entries[lease.key] if fitting else self.store.get(self.key(subnet))\n"
             "                if there is None:\n"
             "                    continue\n"
-            "                value = attributes.format(self._dialect)\n"
+            "                value = attributes.format(self.dialect)\n"
             "                entry, how = replace(there, value=value, ttl=ttl), 'new'\n"
         ),
         "two holders",
@@ -145,12 +145,12 @@ MUTANTS = {
         "nobody took",
     ),
     "the write of a lease does not look at what stands there": (
-        "entry = self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)",
+        "entry = self.store.create(self.key(subnet), attributes.format(self.dialect), ttl=ttl)",
         (
             "there = self.store.get(self.key(subnet))\n"
-            "                    entry = (self.store.create(self.key(subnet), attributes.format(self._dialect), ttl=ttl)\n"
+            "                    entry = (self.store.create(self.key(subnet), attributes.format(self.dialect), ttl=ttl)\n"
             "                        if there is None else self.store.replace(self.key(subnet),\n"
-            "                        attributes.format(self._dialect), ttl=ttl, expected=there.revision))"
+            "                        attributes.format(self.dialect), ttl=ttl, expected=there.revision))"
         ),
         "writes over",
     ),
