@@ -30,6 +30,7 @@ from flanctl.agent.memory import Memory
 from flanctl.agent.messages import LinkChanged, Message, PathFailed, Reload, ShowCounters, Stop
 from flanctl.agent.meters import MeteredStore
 from flanctl.agent.observer import TURN, Observer
+from flanctl.agent.pace import Pace
 from flanctl.agent.problems import Problems, clone, config_problems, unreadable
 from flanctl.agent.signals import Signals, StopRequested
 from flanctl.agent.snapshot import FAIL
@@ -88,10 +89,14 @@ FAILURES, FAILURE_WINDOW = 5, 60.0
 systemd to start us afresh. One alone must not end an agent whose packets flow."""
 LINK_PAUSE = 0.5
 """Seconds between two looks for the sake of link events: somebody who fights us over flannel0 must not own the CPU."""
+PEERS_BURST, PEERS_PAUSE = 20, 0.5
+"""So many changes of peers are each acted upon at once, after that all that came within so many seconds together: to learn
+and apply one costs 10 ms of CPU, and a registry may change fifty times a second."""
 FATAL = frozenset({"device-foreign", "device-busy"})
 """What trying again does not mend: flannel0 is somebody else's now."""
-REMEMBER_SECONDS = 5.0
-"""Between two writings of what we know, while it changes; it is written when the agent stops, too."""
+REMEMBER_BURST, REMEMBER_SECONDS = 5, 5.0
+"""What we know is written at once when it changes, so many times in a row, then every so many seconds; and when the agent
+stops. An agent may be killed a second after it has met its peers."""
 RETRY_SECONDS = 5.0
 """Between two tries while etcd or the config is not there at start."""
 
@@ -190,7 +195,7 @@ class Agent:
         """What we go on with, started while the registry is silent."""
         self._known_is_of_use = True
         self._unsaved = False
-        self._saved = 0.0
+        self._saves = Pace(clock, burst=REMEMBER_BURST, seconds=REMEMBER_SECONDS)
         self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
         self._follower: Follower
@@ -202,6 +207,8 @@ class Agent:
         self._looked = 0.0
         self._config_revision = 0
         self._link_changed = False
+        self._peers_changed = False
+        self._pace = Pace(clock, burst=PEERS_BURST, seconds=PEERS_PAUSE)
         self._reload = False
         self._ready_line = ""
         self._said_alive = 0.0
@@ -405,14 +412,18 @@ class Agent:
             self._turn()
             dirty = False
             soon = min(due, self._looked + LINK_PAUSE) if self._link_changed else due
+            soon = min(soon, self._pace.due()) if self._peers_changed else soon
             if self._unsaved and self._peers is not None:
-                soon = min(soon, self._saved + REMEMBER_SECONDS)
+                soon = min(soon, self._saves.due())
             turn = min(TURN, self._notify.watchdog / 3 or TURN)
             wait = min(turn, max(0.0, soon - self._clock.now()))
             for message in self._messages(wait):
                 dirty |= self._take(message, config, machine, held)
                 if self._signals.stop_reason is not None:
                     return
+            if self._peers_changed and self._clock.now() >= self._pace.due():
+                self._pace.take()
+                dirty |= self._learn(config, machine, held)
             tick = self._clock.now() >= due or self._reload
             self._reload = False
             dirty |= self._link_changed and self._clock.now() >= self._looked + LINK_PAUSE
@@ -422,7 +433,7 @@ class Agent:
                 self._apply(config, machine, held, rules, with_rules=tick or self.phase is not Phase.READY)
             if tick:
                 self._tell_drops(machine)
-            if self._clock.now() >= self._saved + REMEMBER_SECONDS:
+            if self._clock.now() >= self._saves.due():
                 self._write_down()
 
     def _messages(self, seconds: float) -> Iterator[Message]:
@@ -442,7 +453,7 @@ class Agent:
             case ShowCounters():
                 self._log.info("counters", **{name: n for name, n in machine.backend.counters().items() if n})
             case PeersChanged():
-                return self._learn(config, machine, held)
+                self._peers_changed = True
             case ConfigSeen(entry):
                 self.problems.note(
                     "config", config_problems(self._options.prefix, config, held.lease.subnet, entry)
@@ -579,7 +590,8 @@ class Agent:
             self._peers,
             self._store.api,
         )
-        self._saved, self._unsaved = self._clock.now(), False
+        self._unsaved = False
+        self._saves.take()
         self._memory.save_known(known)
 
     def _acquire(self, config: NetworkConfig, machine: Machine, remembered: State) -> Acquired:
@@ -708,6 +720,7 @@ class Agent:
 
     def _learn(self, config: NetworkConfig, machine: Machine, held: Acquired) -> bool:
         """A new complete picture of all leases: who is new, who left, what is wrong with ours."""
+        self._peers_changed = False
         table, own, own_ip = self._follower.table(), held.lease.subnet, machine.underlay.public_ip
         kept = {lease.key for lease in table.kept}
         if not any(

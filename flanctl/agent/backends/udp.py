@@ -141,9 +141,12 @@ class UdpBackend:
             self._plane.stop(1.0)
             self._open()
             repaired.append(why)
+            link = None
         try:
-            repaired += ensure_device(self._kernel, self._device)
-            link = self._kernel.link(DEVICE)
+            mended = ensure_device(self._kernel, self._device, link)
+            repaired += mended
+            if mended or link is None:
+                link = self._kernel.link(DEVICE)
         except NotFound:
             link = None
         device = Objects("link", 1, missing=int(link is None), repaired=len(repaired))

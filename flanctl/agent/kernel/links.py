@@ -80,13 +80,13 @@ def open_device(kernel: Kernel, name: str, *, vnet_hdr: bool = False, alias: str
     return fd
 
 
-def ensure_device(kernel: Kernel, wanted: Device) -> tuple[str, ...]:
+def ensure_device(kernel: Kernel, wanted: Device, link: Link | None = None) -> tuple[str, ...]:
     """Make the device what it should be; a sentence for each thing that was not, `mtu of flannel0 was 1500, …`.
 
-    Call it as often as you like. Raises NotFound when the device is gone: its descriptor died with it, so whoever
+    `link` is how it was found a moment ago. Call it as often as you like. Raises NotFound when the device is gone: its descriptor died with it, so whoever
     holds that must open a new one.
     """
-    link = kernel.link(wanted.name)
+    link = link or kernel.link(wanted.name)
     if link is None:
         raise NotFound(f"the device {wanted.name} is gone", id="device-gone")
     name, repaired = wanted.name, []
