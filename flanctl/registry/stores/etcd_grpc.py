@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core writes to stderr on its own otherwise
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # we never fork without exec
+# Names as every other program of the host has them (nsswitch.conf). gRPC's own resolver asks a name server even for what
+# stands in /etc/hosts, and has no answer while that one is away.
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
 with warnings.catch_warnings():
     # etcd3's generated modules make their descriptors the old way, which protobuf 3.20 calls deprecated.
     warnings.simplefilter("ignore")
@@ -77,7 +80,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2000),  # how long a connection may take to be made
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.dns_ares_query_timeout", 2000),
+    # Not 30 s: a member that moved is looked up again as soon as its old address is silent.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
     # The default of 4 MB breaks a watch's replay after a long absence, again and again.
     ("grpc.max_receive_message_length", http.MAX_BODY),
