@@ -60,6 +60,8 @@ class Writer:
         self._may = threading.Event()
         self._may.set()
         self._rests = threading.Event()
+        self._between = True
+        """No key of ours is there: the last was removed again."""
         self._thread = threading.Thread(target=self._run)
         self._number = 0
         self.written = 0
@@ -86,7 +88,7 @@ class Writer:
         assert self._error is None, repr(self._error)
 
     def pause(self) -> None:
-        """Write nothing more until `go_on`; what was begun is through when this returns."""
+        """Write nothing more until `go_on`; what was added is removed again when this returns."""
         self._may.clear()
         until(self._rests.is_set, seconds=60, what="the writer rests")
 
@@ -104,7 +106,7 @@ class Writer:
                 due = last = time.monotonic()
                 steps = self._steps(store)
                 while not self._stop.wait(max(0.0, due - time.monotonic())):
-                    if not self._may.is_set():
+                    if not self._may.is_set() and self._between:
                         self._rests.set()
                         self._may.wait()
                         last = time.monotonic()
@@ -123,7 +125,7 @@ class Writer:
         while True:
             for key in self._keys:
                 entry: Entry | None = None
-                step = 0
+                self._between, step = False, 0
                 while step < 3:
                     try:
                         entry = self._change(store, key, entry, step)
@@ -136,6 +138,7 @@ class Writer:
                         step = 2
                         continue
                     step += 1
+                    self._between = step == 3
                     yield True
 
     def _change(self, store: Store, key: str, entry: Entry | None, step: int) -> Entry | None:
@@ -180,9 +183,9 @@ class Told:
 class Follower:
     """`flanctl subnets watch --all -w json` on a host, from before the first change to the end."""
 
-    def __init__(self, host: Host, endpoints: str, *options: str, **more: str) -> None:
+    def __init__(self, host: Host, endpoints: str, prefix: Sequence[str] = (), **more: str) -> None:
         self._process: subprocess.Popen[str] = host.popen(
-            [*FLANCTL, "subnets", "watch", "--all", "-w", "json", *options],
+            [*prefix, *FLANCTL, "subnets", "watch", "--all", "-w", "json"],
             env=environment(endpoints, **more),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -275,20 +278,21 @@ def history(
     """
     owner = dict(known)
     found: list[Happened] = []
-    with cluster.etcdctl_running("watch", "--prefix", folder, f"--rev={after + 1}", "-w", "json") as process:
-        assert process.stdout is not None
-        reached = after
-        while reached < last:
-            line = process.stdout.readline()
-            assert line, f"etcd's history ends at {reached}, before {last}"
-            answer = json.loads(line)
-            assert not answer.get("CompactRevision"), "etcd has forgotten its history"
-            for event in answer.get("Events") or ():
-                key = b64decode(event["kv"]["key"]).decode()
-                reached = int(event["kv"]["mod_revision"])
-                if event.get("type"):
-                    whose = owner.pop(key)
-                else:
-                    whose = owner[key] = json.loads(b64decode(event["kv"]["value"]))["PublicIP"]
-                found.append((reached, key, whose))
+    reached, deadline = after, time.monotonic() + 60.0
+    while reached < last:
+        assert time.monotonic() < deadline, f"etcd's history ends at {reached}, before {last}"
+        command = ("watch", "--prefix", folder, f"--rev={reached + 1}", "-w", "json")
+        with cluster.etcdctl_running(*command) as process:
+            assert process.stdout is not None
+            while reached < last and (line := process.stdout.readline()):  # a member may end a watch
+                answer = json.loads(line)
+                assert not answer.get("CompactRevision"), "etcd has forgotten its history"
+                for event in answer.get("Events") or ():
+                    key = b64decode(event["kv"]["key"]).decode()
+                    reached = int(event["kv"]["mod_revision"])
+                    if event.get("type"):
+                        whose = owner.pop(key)
+                    else:
+                        whose = owner[key] = json.loads(b64decode(event["kv"]["value"]))["PublicIP"]
+                    found.append((reached, key, whose))
     return found

@@ -57,7 +57,8 @@ from tests.support.deadline import until
 from tests.support.etcd import Cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from ipaddress import IPv4Address
     from typing import Self
 
     from flanctl.demo.hosts import Container, Host
@@ -121,6 +122,8 @@ class Field:
         self.containers: list[Container] = []
         self.connect: dict[str, Any] = {}
         self.endpoints = ""
+        self.prefix: tuple[str, ...] = ()
+        """What stands before a process that knows members by their names."""
         self._stack = contextlib.ExitStack()
 
     def start(
@@ -130,19 +133,20 @@ class Field:
         v2: bool = False,
         tls: Tls | None = None,
         extra: Sequence[str] = (),
-        endpoints: str = "",
-        wrap: Sequence[str] = (),
+        names: bool = False,
         **connect: str,
     ) -> Self:
         """Members, hosts and agents, up and reaching each other.
 
         `options` are the agents'; `extra` every member's; `connect` how flanctl reaches etcd (user, password, cacert, …,
-        as in Connection). `endpoints` instead of the members' addresses; `wrap` is put before each agent's command.
+        as in Connection). With `names` agents and follower know the members by name, from a hosts file that
+        `move_member` changes.
         """
         self.connect = dict(connect)
         self.lab = self._stack.enter_context(Lab("drill"))
         self.members = [self.lab.add_host(f"e{number}") for number in (1, 2, 3)]
         self.hosts = [self.lab.add_host() for _ in range(hosts)]
+        self.desk = self.lab.add_host("desk")
         self.cluster = self._stack.enter_context(
             Cluster(
                 self.case.version,
@@ -155,11 +159,20 @@ class Field:
                 extra=extra,
             )
         )
-        self.endpoints = endpoints or ",".join(self.cluster.endpoints)
+        self.endpoints = ",".join(self.cluster.endpoints)
         self.init_network()
+        if names:
+            self._name_members()
         self.agents = [
             RunningAgent.start(
-                host, self.folder / host.name, self.endpoints, "--iface", "eth0", *options, **self.environment
+                host,
+                self.folder / host.name,
+                self.endpoints,
+                "--iface",
+                "eth0",
+                *options,
+                prefix=self.prefix,
+                **self.environment,
             )
             for host in self.hosts
         ]
@@ -180,7 +193,13 @@ class Field:
 
     @property
     def connection(self) -> Connection:
-        return Connection(tuple(self.endpoints.split(",")), timeout=5.0, **self.connect)
+        """The writer's: members by their addresses, those they may yet move to among them."""
+        here = self.cluster.endpoints
+        moved = tuple(
+            one.replace(str(self.members[index].address), str(self._new_address(index)))
+            for index, one in enumerate(here)
+        )
+        return Connection(here + moved if self.prefix else here, timeout=5.0, **self.connect)
 
     @property
     def pairs(self) -> list[tuple[Container, Container]]:
@@ -197,6 +216,35 @@ class Field:
         """Put the network's config, as an operator would."""
         flanctl(self.hosts[0], self.endpoints, "net", "init", "--network", str(NETWORK), **self.environment)
 
+    def _name_members(self) -> None:
+        self._hosts_file = self.folder / "hosts"
+        self._write_names([str(member.address) for member in self.members])
+        # A mount namespace of its own, in which this is /etc/hosts.
+        script = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        self.prefix = ("unshare", "--mount", "sh", "-c", script, str(self._hosts_file))
+        ports = [one.rpartition(":")[2] for one in self.cluster.endpoints]
+        self.endpoints = ",".join(f"http://etcd{index}.drill:{port}" for index, port in enumerate(ports))
+
+    def _write_names(self, addresses: Sequence[str]) -> None:
+        """In place: it is mounted."""
+        self._addresses = list(addresses)
+        lines = [f"{address} etcd{index}.drill" for index, address in enumerate(addresses)]
+        self._hosts_file.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+
+    def _new_address(self, index: int) -> IPv4Address:
+        return self.lab.network.network_address + 101 + index
+
+    def move_member(self, index: int) -> None:
+        """An empty member on another address takes this one's place and name; nothing answers at the old one."""
+        host, new = self.members[index], self._new_address(index)
+        self.cluster.remove(index)
+        host.ip_batch(
+            f"addr del {host.interface} dev eth0",
+            f"addr add {new}/{host.interface.network.prefixlen} dev eth0 brd +",
+        )
+        self.cluster.add(index, str(new))
+        self._write_names([*self._addresses[:index], str(new), *self._addresses[index + 1 :]])
+
     def length(self, *, full: float, short: float) -> float:
         return full if self.case.full else short
 
@@ -204,6 +252,21 @@ class Field:
         """Let so many seconds of an outage pass. That is no wait for something: the length is what is tested."""
         end = time.monotonic() + self.length(full=full, short=short)
         until(lambda: time.monotonic() >= end, seconds=1e6)
+
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """No host reaches a member, and what was connected is cut; packets between hosts flow."""
+        members = [str(member.interface.ip) for member in self.members]
+        for host in self.hosts:
+            host.ip_batch(*(f"route add unreachable {address}/32" for address in members))
+            for address in members:
+                # ss says "Invalid argument" of sockets that ended meanwhile, and has killed the others.
+                host.run(["ss", "-K", "dst", address], check=False)
+        try:
+            yield
+        finally:
+            for host in self.hosts:
+                host.ip_batch(*(f"route del unreachable {address}/32" for address in members))
 
     def measuring(self) -> Measured:
         return Measured(self)
@@ -250,13 +313,14 @@ class Measured:
 
     def __enter__(self) -> Measured:
         field = self.field
-        one, two = field.hosts[0], field.hosts[1]
         with contextlib.ExitStack() as stack:
             self.traffic = stack.enter_context(Traffic(field.pairs))
-            self.follower = stack.enter_context(Follower(one, field.endpoints, **field.environment))
+            self.follower = stack.enter_context(
+                Follower(field.hosts[0], field.endpoints, field.prefix, **field.environment)
+            )
             self.follower.wait_listed()
             self._after = int(str(self.follower.listed[0].fields["revision"]))
-            self.writer = stack.enter_context(Writer(two, field.connection, field.keys))
+            self.writer = stack.enter_context(Writer(field.desk, field.connection, field.keys))
             self._stack = stack.pop_all()
         try:
             self.writer.go_on(50)
@@ -294,9 +358,12 @@ class Measured:
     def recovered(self, *, seconds: float = RECOVER_SECONDS) -> float:
         """Until a new change is written, told to the follower, and known to every agent. The seconds since `hurt`."""
         self._everybody_is_well(seconds=seconds)
-        took = time.monotonic() - self._hurt
+        took = self.since_hurt()
         self._recoveries.append(took)
         return took
+
+    def since_hurt(self) -> float:
+        return time.monotonic() - self._hurt
 
     def note(self, **facts: float) -> None:
         """More that was measured."""
@@ -330,7 +397,7 @@ class Measured:
         put = self.field.cluster.etcdctl("put", MARKER, '{"PublicIP":"10.98.0.1"}', "-w", "json")
         last = json.loads(put)["header"]["revision"]
         self.follower.wait_told(lambda told: told.happened == (last, MARKER, "10.98.0.1"))
-        known = self._state_at(self._after)
+        known = self.state_at(self._after)
         self._truth += history(self.field.cluster, FOLDER, after=self._after, last=last, known=known)
         self._after = last
 
@@ -367,8 +434,8 @@ class Measured:
             and document["state"] == "ready"
         )
 
-    def _state_at(self, revision: int) -> dict[str, str]:
-        """Public IP by key, as etcd held it then."""
+    def state_at(self, revision: int) -> dict[str, str]:
+        """Public IP by key, as etcd held it then; 0 is now."""
         answer = json.loads(
             self.field.cluster.etcdctl("get", "--prefix", FOLDER, f"--rev={revision}", "-w", "json")
         )
@@ -379,7 +446,7 @@ class Measured:
 
     def _same_leases_everywhere(self) -> None:
         """The follower's words, taken together, say what etcd holds; and no agent counts more or fewer peers."""
-        self._final = self._state_at(self._after)
+        self._final = self.state_at(self._after)
         listed = self.follower.listed[-1].fields["subnets"]
         state = {_key(str(one["subnet"])): str(one["public_ip"]) for one in listed}  # type: ignore[attr-defined]
         for told in self.follower.told:
@@ -399,7 +466,7 @@ class Measured:
     def _agents_hold_what_etcd_holds(self) -> None:
         """By what each has left to its successor."""
         for agent in self.field.agents:
-            own = _key(str(agent.subnet))
+            own = key_of(agent)
             known = json.loads((agent.folder / "state" / "known.json").read_text())
             peers = {_key(subnet): public_ip for subnet, public_ip, *_ in known["peers"]}
             assert peers == {key: ip for key, ip in self._final.items() if key != own}, agent.host.name
@@ -466,6 +533,15 @@ class Measured:
 def status(agent: RunningAgent) -> dict[str, Any]:
     """What the agent says of itself, over its socket."""
     return ask(agent.folder / "run" / "agent.sock")
+
+
+def problems(agent: RunningAgent) -> set[str]:
+    """The ids of what it complains of."""
+    return {problem["id"] for problem in status(agent)["problems"]}
+
+
+def key_of(agent: RunningAgent) -> str:
+    return _key(str(agent.subnet))
 
 
 def _key(subnet: str) -> str:

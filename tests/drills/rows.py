@@ -41,7 +41,20 @@ HEADS = {
 
 TITLES = {
     "leader-killed": ("leader killed", "杀死 leader"),
-    "follower-killed": ("follower killed", "杀死 follower"),
+    "follower-killed": ("followers killed, one after the other", "依次杀死各 follower"),
+    "member-frozen": ("each member frozen (SIGSTOP)", "依次冻结各成员(SIGSTOP)"),
+    "quorum-lost": ("quorum lost for a minute", "失去多数派一分钟"),
+    "all-down": ("all down for 5 minutes, every agent restarted", "全部停机 5 分钟,期间重启每个 agent"),
+    "data-lost": ("all data lost, etcd empty again", "数据全部丢失,etcd 变空"),
+    "compacted": ("compacted while hosts are cut off", "主机与 etcd 断开期间发生压缩(compaction)"),
+    "slow-member": (
+        "slow follower, then slow leader (150 ms each way)",
+        "follower 变慢,随后 leader 变慢(单程 150 ms)",
+    ),
+    "addresses-changed": (
+        "all members replaced on new addresses, found by name",
+        "所有成员逐个换到新地址(按主机名访问)",
+    ),
     "list-during-failover": ("20,000 leases listed while the leader dies", "leader 被杀时列出 20,000 个租约"),
     "disk-full": ("NOSPACE alarm: etcd takes no writes", "NOSPACE 告警:etcd 拒绝写入"),
     "auth-on": ("logins switched on and off", "开启再关闭登录认证"),

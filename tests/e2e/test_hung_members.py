@@ -86,7 +86,7 @@ def test_a_member_that_stops_under_a_watch_is_left_within_ten_seconds(tmp_path: 
             store.get("/stop")
             assert cluster.endpoints[0] in store.describe()
             if cluster.leader() == 0:
-                cluster.etcdctl("move-leader", _id(cluster, 1))
+                cluster.etcdctl("move-leader", cluster.id(1))
             events: list[Event] = []
             with store.watch(f"/stop/{kind}/", after=start.revision - 1) as watch:
                 reader = threading.Thread(target=lambda: events.extend(watch))
@@ -125,11 +125,3 @@ def _away(store: Store) -> bool:
     except RegistryUnreachable:
         return True
     return False
-
-
-def _id(cluster: Cluster, index: int) -> str:
-    """A member's id as etcdctl takes it."""
-    for line in cluster.etcdctl("member", "list").splitlines():
-        if f"etcd{index}," in line.replace(" ", ""):
-            return line.partition(",")[0]
-    raise AssertionError(f"no member etcd{index}")

@@ -78,12 +78,21 @@ class RunningAgent:
     more: Mapping[str, str] = field(default_factory=dict)
     name: str = "flanctl"
     """The program it was started as: flanctl, flanneld or flanneld-start."""
+    prefix: tuple[str, ...] = ()
+    """Put before the command; it must exec, so that the pid stays the agent's."""
     _from: int = 0
     """Where in the log file this process began."""
 
     @classmethod
     def start(
-        cls, host: Host, folder: Path, endpoints: str, *options: str, name: str = "flanctl", **more: str
+        cls,
+        host: Host,
+        folder: Path,
+        endpoints: str,
+        *options: str,
+        name: str = "flanctl",
+        prefix: tuple[str, ...] = (),
+        **more: str,
     ) -> Self:
         """Start and return at once. `folder` is made; `more` are environment variables.
 
@@ -93,19 +102,25 @@ class RunningAgent:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "agent.log"
         begin = log.stat().st_size if log.exists() else 0
-        command = [*program(name), *(["agent"] if name == "flanctl" else [])]
+        command = [*prefix, *program(name), *(["agent"] if name == "flanctl" else [])]
         command += ["--subnet-file", str(folder / "subnet.env"), *options]
         env = environment(endpoints if name == "flanctl" else "", **more)
         env |= {"FLANCTL_STATE_DIR": str(folder / "state"), "FLANCTL_RUN_DIR": str(folder / "run")}
         with log.open("ab") as stream:
             process = host.popen(command, env=env, stdout=stream, stderr=stream)
-        return cls(host, folder, endpoints, options, process, more, name, begin)
+        return cls(host, folder, endpoints, options, process, more, name, prefix, begin)
 
     def again(self) -> Self:
         """A new process in place of this one, which has ended."""
         assert self.process.poll() is not None, f"still running: {self}"
         return type(self).start(
-            self.host, self.folder, self.endpoints, *self.options, name=self.name, **self.more
+            self.host,
+            self.folder,
+            self.endpoints,
+            *self.options,
+            name=self.name,
+            prefix=self.prefix,
+            **self.more,
         )
 
     # ---- what it says -------------------------------------------------------------------------------------------

@@ -139,11 +139,10 @@ class Cluster:
         return tuple(member.endpoint for member in self._members)
 
     def __enter__(self) -> Self:
-        peers = ",".join(f"{m.name}={_peer(m)}" for m in self._members)
         try:
             for member in self._members:
                 shutil.rmtree(self.folder / member.name, ignore_errors=True)
-                member.arguments = self._command(member, peers)
+                member.arguments = self._command(member)
                 member.start()
             self.wait()
         except BaseException:
@@ -176,6 +175,32 @@ class Cluster:
             shutil.rmtree(self.folder / member.name)
             member.start()
         self.wait()
+
+    def remove(self, index: int) -> None:
+        """Take a member out of the cluster and end it; its data are gone."""
+        member = self._members[index]
+        # Until all have been in touch for 5 s etcd refuses (--strict-reconfig-check).
+        words = ("member", "remove", self.id(index))
+        until(lambda: self._tries(*words), seconds=START_SECONDS, what=f"{member.name} is removed")
+        member.end()
+        shutil.rmtree(self.folder / member.name)
+
+    def add(self, index: int, host: str) -> None:
+        """A new member in place of a removed one, on another address; the ports stay, so that a name may mean both."""
+        old = self._members[index]
+        new = _Member(f"{old.name}n", host, old.client, old.peer, old.prefix, self.folder, scheme=old.scheme)
+        self._members[index] = new
+        words = ("member", "add", new.name, f"--peer-urls={_peer(new)}")
+        until(lambda: self._tries(*words), seconds=START_SECONDS, what=f"{new.name} is added")
+        new.arguments = self._command(new, state="existing")
+        new.start()
+        self.wait()
+
+    def id(self, index: int) -> str:
+        """A member's id as etcdctl takes it: `8e9e05c52164694d`."""
+        name = self._members[index].name
+        listed = (line.split(", ") for line in self.etcdctl("member", "list").splitlines())
+        return next(fields[0] for fields in listed if fields[2] == name)
 
     def freeze(self, index: int) -> None:
         """A hung host: connections stay, nothing answers."""
@@ -242,6 +267,13 @@ class Cluster:
     def _living(self) -> list[tuple[int, _Member]]:
         return [(i, m) for i, m in enumerate(self._members) if m.process is not None and not m.frozen]
 
+    def _tries(self, *arguments: str) -> bool:
+        try:
+            self.etcdctl(*arguments)
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
     def _through_living(self, arguments: Sequence[str]) -> list[str]:
         living = self._living()
         assert living, "no member lives"
@@ -263,8 +295,9 @@ class Cluster:
             command += [f"--cacert={self._tls.ca}", f"--cert={cert}", f"--key={key}"]
         return [*command, *arguments]
 
-    def _command(self, member: _Member, peers: str) -> list[str]:
+    def _command(self, member: _Member, *, state: str = "new") -> list[str]:
         client, peer = member.endpoint, _peer(member)
+        peers = ",".join(f"{one.name}={_peer(one)}" for one in self._members)
         return [
             _binary(self.version),
             f"--name={member.name}",
@@ -274,7 +307,7 @@ class Cluster:
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster={peers}",
-            "--initial-cluster-state=new",
+            f"--initial-cluster-state={state}",
             "--logger=zap",
             "--log-outputs=stderr",
             "--unsafe-no-fsync",
@@ -294,14 +327,18 @@ class Cluster:
 
 
 def _output(command: Sequence[str]) -> str:
-    return subprocess.run(
-        command,
-        env=_etcdctl_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    try:
+        return subprocess.run(
+            command,
+            env=_etcdctl_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except subprocess.CalledProcessError as error:
+        error.add_note(error.stderr)
+        raise
 
 
 def _etcdctl_environment() -> dict[str, str]:
