@@ -72,6 +72,8 @@ migrate = _group(
         "status": "flanctl.commands.status:status",
         "config": "flanctl.commands.config:config",
         "docker-opts": "flanctl.commands.docker_opts:docker_opts",
+        "install": "flanctl.commands.install:install",
+        "uninstall": "flanctl.commands.install:uninstall",
         "demo": "flanctl.commands.demo:demo",
         "demo-transfer": "flanctl.commands.demo:transfer",
         "version": "flanctl.commands.version:version",

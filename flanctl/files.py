@@ -31,8 +31,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 def replace_file(path: str, content: bytes, *, mode: int) -> None:
     """Put a new file in the place of `path` (no symbolic link), whole and on disk. Raises OSError; then nothing changed."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f"{_temporary(name)}{os.urandom(6).hex()}")
+    temporary = unfinished(path)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -41,7 +40,7 @@ def replace_file(path: str, content: bytes, *, mode: int) -> None:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        _sync_directory(folder or ".")
+        _sync_directory(os.path.dirname(path) or ".")
     except OSError:
         try:
             os.unlink(temporary)
@@ -52,7 +51,12 @@ def replace_file(path: str, content: bytes, *, mode: int) -> None:
 
 def sweep(path: Path) -> None:
     """Remove what a process that was killed in `write_atomically(path)` has left beside it."""
-    folder, name = os.path.split(os.path.realpath(path))
+    remove_unfinished(type(path)(os.path.realpath(path)))
+
+
+def remove_unfinished(path: Path) -> None:
+    """The same for a path that is not followed if it is a link."""
+    folder, name = os.path.split(path)
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -63,6 +67,12 @@ def sweep(path: Path) -> None:
                 os.unlink(os.path.join(folder, leftover))
             except FileNotFoundError:
                 pass
+
+
+def unfinished(path: Path | str) -> str:
+    """A new name beside `path` for what is to be renamed to it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f"{_temporary(name)}{os.urandom(6).hex()}")
 
 
 def _temporary(name: str) -> str:

@@ -88,7 +88,7 @@ def check(files: tuple[str, ...], strict: bool) -> None:
     \b
     Examples:
       flanctl config check
-      flanctl config check /root/new/flanneld -w json
+      flanctl config check /srv/new/flanneld -w json
 
     \b
     Exit codes: 0 nothing failed, 1 something did (--strict: or a warning), 4 no such FILE,

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from flanctl.commands import output
+from flanctl.commands.docker_restart import differs, restart
 from flanctl.commands.options import output_options
 from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted, UsageError
 from flanctl.files import write_atomically
@@ -46,9 +47,21 @@ NEEDED = ("FLANNEL_SUBNET", "FLANNEL_MTU", "FLANNEL_IPMASQ")
     metavar="NAME",
     help="Variable of the combined line.",
 )
+@click.option(
+    "--restart",
+    "service",
+    metavar="UNIT",
+    help="Restart this unit if it runs and FILE is another than before: dockerd reads its options at its start only.",
+)
 @output_options
 def docker_opts(
-    subnet_file: str, target: str, individual: bool, combined: bool, no_ip_masq: bool, key: str
+    subnet_file: str,
+    target: str,
+    individual: bool,
+    combined: bool,
+    no_ip_masq: bool,
+    key: str,
+    service: str | None,
 ) -> None:
     """Render dockerd's --bip, --ip-masq and --mtu from subnet.env, for an EnvironmentFile= line.
 
@@ -62,16 +75,21 @@ def docker_opts(
         variables, individual=individual, combined=combined, key=key, ip_masq=not no_ip_masq
     )
     if target == "-":
+        if service is not None:
+            raise UsageError("--restart is for a file that changed; -d - writes none")
         output.data(content.rstrip("\n"))
         return
     if target == "/dev/stdout":
         raise UsageError(
             "-d /dev/stdout would have to be replaced by a file", hint="flanctl docker-opts -d -   prints"
         )
+    changed = service is not None and differs(target, content)
     write_atomically(Path(target), content.encode())
     output.note(
         f"wrote {target}: --bip={variables['FLANNEL_SUBNET']} --mtu={variables['FLANNEL_MTU']} (from {subnet_file})"
     )
+    if service is not None and changed:
+        restart(service)
 
 
 def _inherited(key: str) -> dict[str, str]:

@@ -224,7 +224,7 @@ class Freeze:
             "resources",
             (
                 *sources,
-                *text_of(bzl, self.root / "packaging/freeze/compiled.py"),
+                *text_of(bzl, self.root / "packaging/freeze/compiled.py", self.root / "packaging/systemd"),
                 recipe(build, _anywhere, Freeze._name_members),
                 about,
             )

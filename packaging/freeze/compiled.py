@@ -1,9 +1,10 @@
-"""Write flanctl/_compiled.py: the methods that dataclasses makes of every class, compiled.
+"""Write flanctl/_compiled.py: the methods that dataclasses makes of every class, compiled, and the units' texts.
 
     python compiled.py ROOT OUT
 
 `@dataclass` writes Python source for __init__, __eq__ and so on and compiles it at each start: a millisecond for a class, and
 a command has thirty. The sources are the same each time, so they are compiled here once; `flanctl/frozen.py` hands them out.
+The units (packaging/systemd) are what `flanctl install` writes; PyOxidizer would put files of a package in random order.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main(root: str, out: str) -> None:
     lines = [f"    {text!r}: {compiled[text]!r}," for text in sorted(compiled)]
     head = '"""Written by `make freeze` (packaging/freeze/compiled.py)."""\n\n'
     magic = f"MAGIC = {importlib.util.MAGIC_NUMBER!r}\n"
-    Path(out).write_text(f"{head}{magic}CODE = {{\n" + "\n".join(lines) + "\n}\n")
+    units = {path.name: path.read_text() for path in sorted(Path(root, "packaging/systemd").iterdir())}
+    Path(out).write_text(f"{head}{magic}UNITS = {units!r}\nCODE = {{\n" + "\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -95,3 +95,38 @@ def test_an_unwritable_target_is_an_error(tmp_path, env_file):
 def test_the_source_may_not_be_a_directory(tmp_path):
     answer = flanctl("docker-opts", "-f", tmp_path, "-d", "-")
     assert (answer.code, "Is a directory" in answer.err) == (6, True)
+
+
+def _with_systemctl(folder, text):
+    """An environment in which systemctl is a script that writes down what it is asked."""
+    script = folder / "systemctl"
+    script.write_text(f'#!/bin/sh\necho "$*" >>{folder}/asked\n{text}\n')
+    script.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_docker_is_restarted_when_its_options_changed_and_only_then(tmp_path, env_file):
+    env = _with_systemctl(tmp_path, "")
+    words = ("docker-opts", "-f", env_file, "-d", tmp_path / "docker", "--restart", "docker.service")
+    asked = tmp_path / "asked"
+    first = flanctl(*words, env=env)
+    assert "the options changed: docker.service is restarted, if it runs" in first.err
+    assert asked.read_text() == "--no-block try-restart docker.service\n"
+    assert "options changed" not in flanctl(*words, env=env).err
+    assert asked.read_text().count("\n") == 1
+    env_file.write_text(NOTE.replace("1472", "1422"))
+    flanctl(*words, env=env)
+    assert asked.read_text().count("\n") == 2
+
+
+def test_a_restart_that_fails_is_said_and_the_file_is_there(tmp_path, env_file):
+    env = _with_systemctl(tmp_path, "echo no bus >&2; exit 1")
+    answer = flanctl("docker-opts", "-f", env_file, "-d", tmp_path / "docker", "--restart", "docker", env=env)
+    assert answer.code == 0
+    assert "warning: the options changed and docker was not restarted: no bus" in answer.err
+    assert (tmp_path / "docker").exists()
+
+
+def test_printing_restarts_nothing(env_file):
+    answer = flanctl("docker-opts", "-f", env_file, "-d", "-", "--restart", "docker")
+    assert (answer.code, answer.out) == (2, "")

@@ -1,0 +1,1 @@
+"""Putting flanctl in its place on a host, and taking it away again."""

@@ -1,0 +1,26 @@
+"""The units' texts, of packaging/systemd: in the frozen file they are a part of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flanctl.errors import NotFound
+
+_CHECKOUT = Path(__file__).parents[2] / "packaging" / "systemd"
+
+
+def unit(name: str) -> str:
+    """Raises NotFound where flanctl was installed as a Python package, without them."""
+    try:
+        from flanctl._compiled import UNITS
+    except ImportError:
+        pass
+    else:
+        return str(UNITS[name])
+    try:
+        return (_CHECKOUT / name).read_text()
+    except FileNotFoundError:
+        raise NotFound(
+            f"this flanctl has no {name} with it",
+            hint="use the one-file flanctl, or the deb or rpm",
+        ) from None
