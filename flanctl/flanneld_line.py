@@ -96,7 +96,9 @@ def read(words: Sequence[str]) -> CommandLine:
         given.problems.append(Remark("", "bad-flag", str(error), fatal=True))
     else:
         if rest and not given.flags.keys() & {"help", "version"}:
-            given.problems.append(Remark("", "stray-word", _stray(rest, words), fatal=True))
+            hidden = "etcd-password" in given.flags  # `-etcd-password = secret`: it is the secret
+            says = "unexpected word behind -etcd-password" if hidden else _stray(rest, words)
+            given.problems.append(Remark("", "stray-word", says, fatal=True))
     return given
 
 
@@ -188,8 +190,9 @@ def remarks(given: CommandLine) -> Iterator[Remark]:
         if name in NEVER_EMPTY and not text:
             yield Remark(shown, "empty-value", f"{shown} is empty; {NEVER_EMPTY[name]}", fatal=True)
     for name, before in given.overruled.items():
-        says = f'-{name} is given twice; the last, "{given.flags[name]}", counts and not "{before}"'
-        if name == "etcd-password":
+        last = given.flags[name]
+        says = f'-{name} is given twice; the last, "{last}", counts and not "{before}"'
+        if name in {"etcd-password", "etcd-username"} or "@" in last + before:  # secrets, or URLs with one
             says = f"-{name} is given twice; the last counts"
         yield Remark(f"-{name}", "contradiction", says)
     yield from _without_effect(given)

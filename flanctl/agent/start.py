@@ -44,7 +44,7 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
     notify = Notify()
     if not check:
         # Which of three members answers, and by which API, can take longer than a short TimeoutStartSec= allows.
-        notify.waiting(f"asking the registry at {settings.text('endpoints')}", seconds=FIRST_ASK_SECONDS)
+        notify.waiting(f"asking the registry at {settings.shown('endpoints')}", seconds=FIRST_ASK_SECONDS)
     with session(settings, prefer="grpc", create=not check, say=say) as registry:
         daemon = Agent(
             options,
@@ -63,7 +63,7 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
         else:
             log.info(
                 "settings",
-                endpoints=f"{settings.text('endpoints')} ({settings.source('endpoints')})",
+                endpoints=f"{settings.shown('endpoints')} ({settings.source('endpoints')})",
                 prefix=registry.prefix,
                 iface=settings.optional("iface") or "default-route",
             )

@@ -22,6 +22,7 @@ from flanctl.settings import (
     WRITE_OUT,
     Settings,
     Value,
+    masked,
     nearest,
     resolve,
     toml_entries,
@@ -308,11 +309,13 @@ def _short(text: str) -> str:
 
 
 def _holds_secret(entry: Entry) -> bool:
-    row = OURS.get(entry.name)
-    if row is not None and (row.secret or (row.name == "user" and ":" in (entry.text or ""))):
-        return True
-    return entry.name == OPTIONS and any(
-        word.lstrip("-").startswith("etcd-password") for word in split(entry.text or "")
+    row, text = OURS.get(entry.name), entry.text or ""
+    if row is not None:
+        return row.secret or masked(row.name, text) != text
+    given = read(split(text)).flags if entry.name == OPTIONS else {}
+    return "etcd-password" in given or any(
+        masked(name, given.get(flag, "")) != given.get(flag, "")
+        for name, flag in (("user", "etcd-username"), ("endpoints", "etcd-endpoints"))
     )
 
 

@@ -74,3 +74,17 @@ def test_a_command_on_sqlite_loads_no_etcd_client(tmp_path):
     ):
         modules = loaded(*words, "-w", "simple", "--endpoints", registry)
         assert not modules & {"grpc", "etcd3", "pyroute2", "asyncio", "ssl", "http.client", "tabulate"}, words
+
+
+def test_settings_without_files_cost_no_parser():
+    """Every command reads them: regular expressions, TOML and look-alikes are for files and errors."""
+    script = (
+        "import sys; before = set(sys.modules); import flanctl.settings as s;"
+        "found = s.resolve({}, environment={}, toml_file='/nonexistent', sysconfig_files=['/nonexistent']);"
+        "found.number('healthz_port'); print('\\n'.join(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ours = {"flanctl.environment_file", "flanctl.flanneld_flags", "flanctl.flanneld_line", "flanctl.go_flags"}
+    loaded = set(done.stdout.split())
+    assert "flanctl.settings" in loaded
+    assert not loaded & ({"shlex", "tomllib", "difflib", "ipaddress", "pathlib", "click"} | ours)

@@ -100,7 +100,8 @@ def _port(word: str, text: str | None) -> int:
 
 
 def _nonsense(word: str, why: str) -> UsageError:
-    return UsageError(f"endpoint {word!r} cannot be read: {why}", hint="--endpoints http://127.0.0.1:2379")
+    shown = _masked(word) if "@" in word else word
+    return UsageError(f"endpoint {shown!r} cannot be read: {why}", hint="--endpoints http://127.0.0.1:2379")
 
 
 def _masked(word: str) -> str:

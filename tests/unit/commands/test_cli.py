@@ -215,6 +215,28 @@ def test_completion_answers_with_commands_and_options():
     assert "plain,--endpoints" in flanctl(env=ask).out
 
 
+@pytest.mark.parametrize(
+    ("words", "answers"),
+    [
+        ("flanctl subnets ls --api ", ["plain,auto", "plain,v2", "plain,v3"]),
+        ("flanctl --dialect 0.2", ["plain,0.28"]),
+        ("flanctl agent --peer-check s", ["plain,strict", "plain,subnet"]),
+        ("flanctl subnets ls --cacert ", ["file,"]),
+        ("flanctl agent --state-dir /va", ["dir,/va"]),
+        ("flanctl config check -w s", ["plain,simple"]),
+        ("flanctl config ch", ["plain,check"]),
+    ],
+)
+def test_completion_of_values_comes_from_the_settings_table(words, answers):
+    ask = {"_FLANCTL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert flanctl(env=ask).out.splitlines() == answers
+
+
+def test_completion_knows_this_hosts_interfaces():
+    ask = {"_FLANCTL_COMPLETE": "bash_complete", "COMP_WORDS": "flanctl agent --iface ", "COMP_CWORD": "3"}
+    assert "plain,lo" in flanctl(env=ask).out.splitlines()
+
+
 def test_version_in_every_form():
     assert re.fullmatch(r"flanctl \d+\.\d+\.\d+\n", flanctl("version").out)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", flanctl("version", "-w", "simple").out)

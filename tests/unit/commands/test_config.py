@@ -136,6 +136,26 @@ def test_no_secret_is_ever_shown(form, tmp_path):
     assert "geheim" not in answer.out + answer.err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "-etcd-password = geheim",
+        "-etcd-password=geheim -etcd-password=geheim2",
+        "-etcd-username=u:geheim -etcd-username=u:geheim2",
+        "-etcd-endpoints=http://u:geheim@a -etcd-endpoints=http://u:geheim@b",
+        "-etcd-endpoints=htp://u:geheim@a",
+        "-etcd-endpoints=http://u:geheim@a:x/y “",
+        "-etcd-password=geheim 'x",
+    ],
+)
+def test_no_mistake_beside_a_secret_shows_it(options, tmp_path):
+    file = tmp_path / "flanneld"
+    file.write_text(f'{GOOD}FLANNEL_OPTIONS="{options}"\n')
+    answer = flanctl("config", "check", file)
+    assert answer.code == 1
+    assert "geheim" not in answer.out + answer.err
+
+
 # ---- config check: sysconfig ----------------------------------------------------------------------------------------
 
 
