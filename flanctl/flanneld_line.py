@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from flanctl.errors import UsageError
 from flanctl.flanneld_flags import FLAGS, SWITCHES, Fate
 from flanctl.go_flags import BadFlag, boolean, flags_in, integer
+from flanctl.text import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,9 @@ def read(words: Sequence[str]) -> CommandLine:
             name = "help" if flag.name == "h" else flag.name
             row = FLAGS.get(name)
             if row is None:
-                says = f"flag provided but not defined: -{name}{_nearest(name)}"
+                near = nearest(name, FLAGS)
+                hint = f"; did you mean -{near}?" if near else ""
+                says = f"flag provided but not defined: -{name}{hint}"
                 given.problems.append(Remark(f"-{name}", "unknown-flag", says, fatal=True))
             elif flag.text is None and row.kind != "bool":
                 says = f"flag needs an argument: -{name}"
@@ -137,14 +140,6 @@ def threshold(text: str) -> int:
     if text.upper() in SEVERITIES:
         return SEVERITIES.index(text.upper())
     return int(text)
-
-
-def _nearest(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name.replace("_", "-"), [known.replace("_", "-") for known in FLAGS], n=1)
-    known = next((known for known in FLAGS if near and known.replace("_", "-") == near[0]), None)
-    return f"; did you mean -{known}?" if known else ""
 
 
 def _stray(rest: list[str], words: Sequence[str]) -> str:

@@ -499,7 +499,11 @@ def toml_row(key: str, path: StrPath, line: int) -> Setting:
     """The setting a key means. Raises UsageError that names the nearest."""
     row = TABLE.get(key.replace("-", "_"))
     if row is None:
-        raise UsageError(f'{path}:{line}: unknown setting "{key}"{nearest(key, TABLE)}')
+        from flanctl.text import nearest
+
+        near = nearest(key, TABLE)
+        hint = f"; did you mean {near}?" if near else ""
+        raise UsageError(f'{path}:{line}: unknown setting "{key}"{hint}')
     return row
 
 
@@ -527,15 +531,6 @@ def _line_of(key: str, text: str) -> int:
             continue  # inside of a longer string or list, not at its place
         return number
     return found[-1] if found else 1
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing."""
-    from difflib import get_close_matches
-
-    plain = {each.replace("-", "_").lower(): each for each in known}
-    near = get_close_matches(name.replace("-", "_").lower(), plain, n=1)
-    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 # ---- sysconfig ------------------------------------------------------------------------------------------------------

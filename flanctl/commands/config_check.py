@@ -23,11 +23,11 @@ from flanctl.settings import (
     Settings,
     Value,
     masked,
-    nearest,
     resolve,
     toml_entries,
     toml_row,
 )
+from flanctl.text import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -325,12 +325,13 @@ def _unknown_names(path: str, entries: list[Entry]) -> Iterator[Finding]:
         if name in KNOWN or name in MADE_BY_FLANNEL:
             continue
         near = nearest(name, KNOWN)
+        hint = f"; did you mean {near}?" if near else ""
         if name.startswith(("FLANCTL_", "FLANNELD_")) or (name.startswith("FLANNEL") and near):
-            says = f"nobody reads {name}{near}"
+            says = f"nobody reads {name}{hint}"
             yield Finding(FAIL, "unknown-name", path, entry.line, says, "correct or delete it")
         elif near and path != ENVIRONMENT and name.startswith(("FLAN", "ETCD")):
             yield Finding(
-                WARN, "unknown-name", path, entry.line, f"nobody here reads {name}{near}", "correct it"
+                WARN, "unknown-name", path, entry.line, f"nobody here reads {name}{hint}", "correct it"
             )
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flanctl.text import nearest
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -46,8 +48,6 @@ class LazyGroup(click.Group):
             ctx.meta[PATH] = f"{ctx.command_path} {found[0]}"
             return found
         except click.UsageError as error:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], self._shown(ctx), n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self._shown(ctx))}"
+            near = nearest(args[0], self._shown(ctx))
+            hint = f"; did you mean {near}?" if near else f"; there are {', '.join(self._shown(ctx))}"
             raise click.UsageError(error.message.rstrip(".") + hint, ctx) from None

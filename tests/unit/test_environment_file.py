@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flanctl.environment_file import Entry, Unreadable, environment, parse, quoted, split
+from tests.support.fuzz import fuzzed
 
 RECORDED = json.loads((Path(__file__).parents[1] / "vectors" / "environment-file.json").read_text())
 CASES = {case["name"]: case for case in RECORDED["cases"]}
@@ -51,6 +52,7 @@ def test_enough_was_recorded_and_from_both():
     assert RECORDED["systemd"] == [252, 257]
 
 
+@fuzzed
 @given(FILES | st.binary(max_size=60))
 def test_no_file_raises_anything_but_its_own_error(content):
     try:
@@ -84,6 +86,7 @@ def test_words_that_are_quoted_split_into_the_same_words(words):
     assert split(line) == words
 
 
+@fuzzed
 @given(st.text(max_size=60))
 def test_splitting_loses_nothing_but_blanks_quotes_and_backslashes(text):
     def kept(text):
