@@ -127,6 +127,35 @@ def test_a_log_directory_that_is_missing_keeps_nobody_from_starting(host, regist
     assert not (tmp_path / "nosuch").exists()
 
 
+def test_a_full_disk_under_log_dir_is_said_once_and_ends_nothing(host, registry, tmp_path):
+    """glog ends the program; here the lines come to stderr."""
+    folder, logs = tmp_path / "agent", tmp_path / "log"
+    folder.mkdir()
+    logs.mkdir()
+    full = f"mount -t tmpfs -o size=4k none {logs} && head -c 4096 /dev/zero >{logs}/filler"
+    flags = (
+        f"-etcd-endpoints={registry}",
+        f"-etcd-prefix={PREFIX}",
+        "-logtostderr=false",
+        f"-log_dir={logs}",
+    )
+    with (folder / "agent.log").open("ab") as stream:
+        process = host.popen(
+            [
+                *("unshare", "--mount", "--propagation", "private", "sh", "-c", f'{full}; exec "$@"', "sh"),
+                *(*program("flanneld"), "--subnet-file", f"{folder}/subnet.env", *flags),
+            ],
+            env=environment(FLANCTL_STATE_DIR=f"{folder}/state", FLANCTL_RUN_DIR=f"{folder}/run"),
+            stdout=stream,
+            stderr=stream,
+        )
+    agent = RunningAgent(host, folder, registry, flags, process, name="flanneld").wait()
+    said = f"cannot write a log file in {logs}: No space left on device; its lines come here"
+    assert agent.log_text().count(said) == 1
+    assert agent.terminate() == 0
+    assert SUBNET_ENV.fullmatch(agent.subnet_file.read_text())
+
+
 def test_a_wrong_config_is_waited_out_and_a_wrong_interface_or_address_ends_with_1(host, registry, tmp_path):
     """flannel.md 1.4: 0.7.1 tries a config for ever; a missing interface ends it."""
     path = registry.removeprefix("sqlite:")
