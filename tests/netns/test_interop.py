@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import socket
 import threading
 from contextlib import ExitStack
@@ -71,9 +72,9 @@ class Network:
         folder = self.folder / host.name
         return StandIn.start(host, folder, self.endpoints, *options, like=self.like).wait()
 
-    def flanctl(self, host: Host) -> RunningAgent:
+    def flanctl(self, host: Host, *, prefix: str = PREFIX) -> RunningAgent:
         """By flannel's name and flags, with the same subnet.env."""
-        flags = (f"-etcd-endpoints={self.endpoints}", f"-etcd-prefix={PREFIX}", "-iface=eth0")
+        flags = (f"-etcd-endpoints={self.endpoints}", f"-etcd-prefix={prefix}", "-iface=eth0")
         return RunningAgent.start(host, self.folder / host.name, "", *flags, name="flanneld").wait()
 
     def container(self, daemon: StandIn | RunningAgent) -> Container:
@@ -272,3 +273,48 @@ def test_a_reservation_stays_one_through_flanctl(network: Network) -> None:
     assert str(daemon.subnet) == "172.17.60.0/24"
     assert (network.keys.ttl(key) is None) == network.v2
     assert network.keys.get(key) == network.value(host)
+
+
+@pytest.mark.parametrize("prefix", ["jxdd/other", "//jxdd///other/"])
+def test_a_prefix_names_the_same_keys_to_both(network: Network, prefix: str) -> None:
+    """flannel joins with Go's path.Join. To etcd v3 `jxdd/other` and `/jxdd/other` are two prefixes, to v2 they are one."""
+    host = network.lab.add_host()
+    root = "jxdd/other" if prefix == "jxdd/other" and not network.v2 else "/jxdd/other"
+    network.keys.put(f"{root}/config", '{"Network":"172.18.0.0/16"}')
+    flanneld = network.flanneld(host, f"-etcd-prefix={prefix}")
+    subnet = flanneld.subnet
+    flanneld.terminate()
+    keys = network.keys.all(f"{root}/")
+    ours = network.flanctl(host, prefix=prefix)
+    assert ours.subnet == subnet
+    now = {key: text for key, text in network.keys.all(f"{root}/").items() if "/flanctl/" not in key}
+    assert now == keys
+    assert keys.keys() == {f"{root}/config", f"{root}/subnets/{str(subnet).replace('/', '-')}"}
+
+
+def test_a_second_agent_on_a_host_ends_and_the_first_carries_on(network: Network) -> None:
+    """Somebody starts the one and forgot to stop the other: one line, nothing half-changed, no packet lost."""
+    one, two = network.lab.add_host(), network.lab.add_host()
+    for first, second in ((network.flanneld, network.flanctl), (network.flanctl, network.flanneld)):
+        daemon, other = first(one), network.flanneld(two)
+        if not one.containers:
+            here, there = network.container(daemon), network.container(other)
+        wait_until_reachable(here, there.address)
+        machine = [one.run(["ip", "-4", "-o", *words]).stdout for words in (["addr"], ["route"])]
+        leases = network.keys.leases()
+        ping = RunningPing(here, there.address, interval=PING_SECONDS)
+        ping.wait_answers(5)
+        folder = network.folder
+        network.folder = folder / "second"
+        with pytest.raises(AssertionError, match=r"ended with [1-9]"):
+            second(one)
+        network.folder = folder
+        ping.wait_answers(5)
+        assert ping.lost() == 0
+        assert [one.run(["ip", "-4", "-o", *words]).stdout for words in (["addr"], ["route"])] == machine
+        assert network.keys.leases() == leases
+        if second == network.flanctl:
+            said = (network.folder / "second" / one.name / "agent.log").read_text().splitlines()
+            assert re.search(r"flannel0 exists and is not ours, held by .*try=\"stop ", said[-1])
+        daemon.terminate()
+        other.terminate()

@@ -109,7 +109,7 @@ class V2:
 
     def __init__(self, endpoints: str, prefix: str, ttl: int) -> None:
         self.etcd = Etcd(endpoints)
-        self.root = "/v2/keys/" + prefix.strip("/")
+        self.root = "/v2/keys/" + "/".join(part for part in prefix.split("/") if part)
         self.ttl = ttl
 
     def config(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,18 @@ def test_prefixes_are_joined_as_flannel_joins_them(given_, joined):
 def test_prefixes_that_cannot_be_meant_are_refused(text):
     with pytest.raises(UsageError):
         clean_prefix(text)
+
+
+@given(
+    st.lists(st.sampled_from(["/", "//", "a", "jxdd", "net-1", "172.17.0.0-16", "a.b", "..x"]), min_size=1)
+)
+def test_any_prefix_is_joined_as_path_join_does(parts):
+    """POSIX keeps two slashes at the front, Go's path.Clean does not; else they clean alike."""
+    text = "".join(parts)
+    if not text.strip("/"):
+        return
+    joined = posixpath.normpath(posixpath.join(text, "config"))
+    assert config_key(clean_prefix(text)) == ("/" + joined.lstrip("/") if text.startswith("/") else joined)
 
 
 @given(st.text(max_size=40))
