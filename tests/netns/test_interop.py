@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -37,7 +38,6 @@ from tests.support.namespaces import inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from flanctl.demo.hosts import Container, Host
 
@@ -72,9 +72,9 @@ class Network:
         folder = self.folder / host.name
         return StandIn.start(host, folder, self.endpoints, *options, like=self.like).wait()
 
-    def flanctl(self, host: Host, *, prefix: str = PREFIX) -> RunningAgent:
+    def flanctl(self, host: Host, *more: str, prefix: str = PREFIX) -> RunningAgent:
         """By flannel's name and flags, with the same subnet.env."""
-        flags = (f"-etcd-endpoints={self.endpoints}", f"-etcd-prefix={prefix}", "-iface=eth0")
+        flags = (f"-etcd-endpoints={self.endpoints}", f"-etcd-prefix={prefix}", "-iface=eth0", *more)
         return RunningAgent.start(host, self.folder / host.name, "", *flags, name="flanneld").wait()
 
     def container(self, daemon: StandIn | RunningAgent) -> Container:
@@ -318,3 +318,22 @@ def test_a_second_agent_on_a_host_ends_and_the_first_carries_on(network: Network
             assert re.search(r"flannel0 exists and is not ours, held by .*try=\"stop ", said[-1])
         daemon.terminate()
         other.terminate()
+
+
+@pytest.mark.parametrize("name", ["docs/from-flannel.md", "docs/from-flannel.zh-CN.md"])
+def test_the_commands_of_back_to_flannel_leave_nothing_of_ours(tmp_path: Path, name: str) -> None:
+    """The block as it stands in the docs, its files moved here."""
+    (block,) = re.findall(r"```sh\n(iptables -D FORWARD.*?)```", Path(name).read_text(), re.DOTALL)
+    with ExitStack() as stack:
+        network = Network(tmp_path, stack, "0.7.1")
+        host = network.lab.add_host()
+        network.flanctl(host, "-ip-masq").terminate()
+        assert host.run(["iptables-save"]).stdout.count("FLANNEL") > 8
+        folder = tmp_path / host.name
+        for place, ours in (("/var/lib/flanctl", "state"), ("/run/flanctl", "run")):
+            assert place in block
+            block = block.replace(place, str(folder / ours))
+        host.run(["sh", "-ec", block])
+        host.run(["ip", "link", "delete", "flannel0"])
+        assert {path.name for path in folder.iterdir()} == {"agent.log", "subnet.env"}
+        assert "FLANNEL" not in host.run(["iptables-save"]).stdout
