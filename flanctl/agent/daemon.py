@@ -465,7 +465,7 @@ class Agent:
                     "SIGHUP: device, routes and rules are compared now; settings are read at the start only"
                 )
                 self._reload = True
-                self._move(held)
+                self._move(config, held)
             case PathFailed(why):
                 self._observer.path_failed(why)
                 self._log.warn("data plane ended by itself", error=why)
@@ -479,21 +479,17 @@ class Agent:
 
     # ---- the steps ----------------------------------------------------------------------------------------------
 
-    def _move(self, held: Acquired) -> None:
-        """From etcd v2 to v3 while packets flow, if v3 has the network and our lease by now (decision 16)."""
+    def _move(self, config: NetworkConfig, held: Acquired) -> None:
+        """From etcd v2 to v3 while packets flow, if v3 has all of the network by now (decision 16)."""
         if self._store.api != "v2":
             return
         there: list[Acquired] = []
 
         def objection(v3: Store) -> str | None:
-            entry = v3.get(held.entry.key)
-            lease = None if entry is None else self._leases.read(entry)
-            if entry is None or not isinstance(lease, Lease):
-                return f"our lease {held.lease.subnet} is not there"
-            if lease.attributes.public_ip != held.lease.attributes.public_ip:
-                return f"{held.lease.subnet} is {lease.attributes.public_ip}'s there"
-            ends = None if lease.ttl is None else self._clock.now() + lease.ttl
-            there.append(replace(self._keeper.held, lease=lease, entry=entry, ends=ends))
+            found = self._there(v3, config, held)
+            if isinstance(found, str):
+                return found
+            there.append(found)
             return None
 
         if (why := self._move_store(objection)) is not None:
@@ -505,6 +501,27 @@ class Agent:
         self._announcer.look()
         self._unsaved = True
         self._log.info(f"moved to {self._store.describe()}", lease=held.lease.subnet)
+
+    def _there(self, v3: Store, config: NetworkConfig, held: Acquired) -> Acquired | str:
+        """Our lease as v3 holds it, or why we cannot go there: who is missing there would lose its route."""
+        wanted = read_config(v3, self._options.prefix, None).config
+        if (wanted.network, wanted.subnet_len) != (config.network, config.subnet_len):
+            return f"the network is {wanted.network} with /{wanted.subnet_len} there"
+        leases = Leases(v3, self._options.prefix, None).table().leases
+        ours = next((lease for lease in leases if lease.key == held.entry.key), None)
+        if ours is None:
+            return f"our lease {held.lease.subnet} is not there"
+        if ours.attributes.public_ip != held.lease.attributes.public_ip:
+            return f"{held.lease.subnet} is {ours.attributes.public_ip}'s there"
+        here = self._leases.table().leases
+        missing = {lease.subnet for lease in here} - {lease.subnet for lease in leases}
+        if missing:
+            return f"{len(missing)} of {len(here)} leases are not there, such as {min(missing)}"
+        entry = v3.get(ours.key)
+        if entry is None or entry.revision != ours.revision:
+            return "our lease changes there just now"
+        ends = None if entry.ttl is None else self._clock.now() + entry.ttl
+        return replace(self._keeper.held, lease=replace(ours, ttl=entry.ttl), entry=entry, ends=ends)
 
     def _wait_for_config(self) -> NetworkConfig:
         """The network's config; waits for etcd and for the key, as flanneld does, but says what for."""

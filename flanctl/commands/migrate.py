@@ -81,6 +81,8 @@ def v2_to_v3(dry_run: bool, both: bool, duration: str | None, to_endpoints: str 
                 output.note("v2 is as it was; what v3 has so far is recognised when you run it again")
                 raise
         _show(plan, written, dry_run=dry_run, stores=(v2.store.describe(), v3.store.describe()))
+        if not (both or dry_run):
+            output.note("a host takes v3 when its agent starts again; --both keeps v2 in step until all have")
         if both:
             output.flush()
             _keep_in_step(migration, seconds)

@@ -247,6 +247,24 @@ def test_hosts_move_one_by_one_and_no_packet_is_lost(tmp_path: Path) -> None:
                 for two in ends:
                     wait_until_reachable(one, two.address)
 
+            # Nobody moves to where not all of the network is.
+            def stays(why: str) -> None:
+                agents[0].process.send_signal(signal.SIGHUP)
+                agents[0].wait_log(f"etcd v2 stays in use, not v3: {why}")
+
+            stays(f"{CONFIG} is not in v3")
+            key = f"{FOLDER}{str(subnets[0]).replace('/', '-')}"
+            v3.put(CONFIG, '{"Network":"172.18.0.0/16"}')
+            stays("the network is 172.18.0.0/16 with /24 there")
+            v3.put(CONFIG, NETWORK)
+            stays(f"our lease {subnets[0]} is not there")
+            v3.put(key, '{"PublicIP":"192.168.6.99"}')
+            stays(f"{subnets[0]} is 192.168.6.99's there")
+            v3.put(key, f'{{"PublicIP":"{hosts[0].address}"}}')
+            stays("2 of 3 leases are not there, such as ")
+            for one in (key, CONFIG):
+                v3.delete(one)
+
             def everywhere() -> bool:
                 """The same leases on both sides, each in its side's bytes."""
                 one, two = v2.leases(), v3.leases()
