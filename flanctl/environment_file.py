@@ -25,10 +25,11 @@ KEEPS_NO_BACKSLASH = '"\\`$'
 
 
 class Unreadable(Exception):
-    """systemd takes nothing from such a file; the text says why, `line` where (0: the whole of it)."""
+    """systemd takes nothing from such a file; the text says why, `id` in a word, `line` where (0: the whole of it)."""
 
-    def __init__(self, why: str, line: int = 0) -> None:
+    def __init__(self, id: str, why: str, line: int = 0) -> None:  # noqa: A002  the word users see is `id`
         super().__init__(why)
+        self.id = id
         self.line = line
 
 
@@ -63,14 +64,14 @@ def parse(content: bytes, *, old_comments: bool = False) -> list[Entry]:
     `old_comments`: as systemd did before 254, where a backslash at a comment's end made the next line one too.
     """
     if b"\0" in content:
-        raise Unreadable(
-            "it is UTF-16, not UTF-8" if _is_utf16(content) else "it holds a NUL byte",
-            0 if _is_utf16(content) else content.count(b"\n", 0, content.index(b"\0")) + 1,
-        )
+        if _is_utf16(content):
+            raise Unreadable("utf16", "it is UTF-16, not UTF-8")
+        line = content.count(b"\n", 0, content.index(b"\0")) + 1
+        raise Unreadable("nul", "it holds a NUL byte", line)
     entries = list(_entries(content.decode(errors="surrogateescape"), old_comments))
     for entry in entries:
         if entry.text is not None and not (_is_text(entry.name) and _is_text(entry.text)):
-            raise Unreadable("it is not UTF-8", entry.line)
+            raise Unreadable("not-utf8", "it is not UTF-8", entry.line)
     return entries
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # No pathlib in here: every command reads settings, and it costs a tenth of a short one's start.
 TOML_FILE = "/etc/flanctl/flanctl.toml"
+MAX_BYTES = 1 << 20
+"""Nobody's settings are; a command shall not read for a minute."""
 SYSCONFIG_FILES = ("/etc/sysconfig/flanneld", "/etc/default/flanneld")
 
 
@@ -454,17 +456,20 @@ def _first(
 
 
 def _content(path: StrPath) -> bytes | None:
-    """None where there is no such file. Raises NotPermitted.
+    """None where there is no such file. Raises NotPermitted, UsageError for one that is no settings file by its size.
 
     Going on without one that cannot be read could ask, or write to, another registry than the operator configured.
     """
     try:
         with open(path, "rb") as file:
-            return file.read()
+            content = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise NotPermitted(f"cannot read settings from {path}: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"cannot read settings from {path}: it is larger than a megabyte")
+    return content
 
 
 # ---- the TOML file --------------------------------------------------------------------------------------------------

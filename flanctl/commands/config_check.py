@@ -17,6 +17,7 @@ from flanctl.errors import FlanctlError, NotFound, NotPermitted, UsageError
 from flanctl.flanneld_flags import FLAGS
 from flanctl.flanneld_line import NEVER_EMPTY, read, read_environment, remarks
 from flanctl.settings import (
+    MAX_BYTES,
     OPTIONS,
     TABLE,
     WRITE_OUT,
@@ -81,11 +82,14 @@ def check_file(path: str) -> list[Finding]:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise NotPermitted(f"{path} is no regular file")
-            content = file.read()
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise NotFound(f"no file {path}") from None
     except OSError as error:
         raise NotPermitted(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        says = "it is larger than a megabyte and is not read"
+        return [Finding(FAIL, "too-large", path, 0, says, "is this the right file?")]
     check = _toml if path.endswith(".toml") else _environment_file
     return sorted(check(path, content, mode), key=lambda finding: finding.line)
 
@@ -202,12 +206,11 @@ def _environment_file(path: str, content: bytes, mode: int) -> Iterator[Finding]
     try:
         entries = parse(content)
     except Unreadable as error:
-        name = {"it is not UTF-8": "not-utf8", "it holds a NUL byte": "nul"}.get(str(error), "utf16")
         says = (
             f"{error}; systemd does not start a unit with such a file, or leaves it out (EnvironmentFile=-)"
         )
-        step = f"iconv -f UTF-16 -t UTF-8 {path}" if name == "utf16" else "write the line anew"
-        yield Finding(FAIL, name, path, error.line, says, step)
+        step = f"iconv -f UTF-16 -t UTF-8 {path}" if error.id == "utf16" else "write the line anew"
+        yield Finding(FAIL, error.id, path, error.line, says, step)
         return
     odd = [*_bytes(path, content, entries), *(each for entry in entries for each in _line(path, entry))]
     yield from odd

@@ -88,6 +88,8 @@ def session(
     except NotFound as error:
         if error.id == "no-config" and how.api != "auto" and store.api:
             _look_elsewhere(error, how, config_key(prefix))
+        if error.id == "no-config" and settings.source("prefix") == "default":
+            _look_at_flannels(error, how)
         raise
     finally:
         store.close()
@@ -131,6 +133,15 @@ def _look_elsewhere(error: NotFound, how: Connection, key: str) -> None:
     if holds(how, other, key):
         error.message += f"; found in {other}"
         error.hint = f"--api {other}"
+
+
+def _look_at_flannels(error: NotFound, how: Connection) -> None:
+    """Where nobody named a prefix, the network may stand below the one flanneld takes then."""
+    from flanctl.flanneld_flags import PREFIX
+
+    if holds(how, how.api, config_key(PREFIX)):
+        error.message += f"; there is one at {config_key(PREFIX)}, flannel's default"
+        error.hint = f"--prefix {PREFIX}"
 
 
 def wanted_dialect(settings: Settings) -> Dialect | None:

@@ -211,6 +211,13 @@ class TestApi:
         nowhere = asked(both, "/nowhere", "net", "get", "--api", "v3")
         assert (nowhere.code, "found in" in nowhere.err) == (4, False)
 
+    def test_a_v2_network_below_flannels_own_prefix_is_pointed_at(self, both: Cluster) -> None:
+        written(both, "v2", "/coreos.com/network")
+        missed = flanctl("subnets", "ls", "--endpoints", both.endpoints[0])
+        assert missed.code == 4
+        assert "there is one at /coreos.com/network/config, flannel's default" in missed.err
+        assert missed.err.endswith("try: --prefix /coreos.com/network\n")
+
     def test_where_both_have_one_v3_wins_with_a_warning(self, both: Cluster) -> None:
         written(both, "v2", "/both")
         written(both, "v3", "/both")

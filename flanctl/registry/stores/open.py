@@ -85,11 +85,11 @@ def open_store(
 
 
 def holds(connection: Connection, api: Api, key: str) -> bool:
-    """Whether an API of these servers has the key; False also when it is not served or says nothing soon."""
+    """Whether an API of these servers, or either with `auto`, has the key; False also when it is not served or says nothing soon."""
     from dataclasses import replace
 
     short = replace(connection, api=api, timeout=min(LOOK_SECONDS, connection.timeout))
-    store = open_store(short, prefer="gateway")
+    store = open_store(short, prefer="gateway", create=False, key=key)
     try:
         return store.get(key) is not None
     except FlanctlError:

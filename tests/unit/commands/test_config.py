@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flanctl.commands.config_check import check_environment, check_file, check_together
+from flanctl.errors import UsageError
 from flanctl.settings import TABLE, resolve
 from tests.support.cli import flanctl
 from tests.unit.test_settings import NOTE
@@ -225,6 +226,14 @@ def test_a_mistake_is_found_at_its_line(check, content, expected):
     if expected[1] not in {"secret-readable", "password-seen", "byte-order-mark"}:
         assert len(found) == 1, found  # one mistake is one finding
     assert all(finding.says and finding.next for finding in found)
+
+
+def test_a_file_that_cannot_be_settings_by_its_size_is_not_read(check, tmp_path):
+    assert short(check(b"#" * (1 << 20) + b"\n")) == [("fail", "too-large", 0)]
+    answer = flanctl("config", "check", tmp_path / "flanneld")
+    assert (answer.code, "larger than a megabyte" in answer.out) == (1, True)
+    with pytest.raises(UsageError, match="larger than a megabyte"):
+        resolve({}, environment={}, toml_file=os.devnull, sysconfig_files=[tmp_path / "flanneld"])
 
 
 def test_a_secret_in_a_file_that_only_root_may_read_is_fine(check):

@@ -105,6 +105,17 @@ def test_a_dry_run_writes_nothing(registry):
     assert "try: flanctl net init" in missing.err
 
 
+def test_a_network_below_flannels_own_prefix_is_pointed_at_where_nobody_named_one(registry):
+    assert init(registry, "--network", "10.5.0.0/16", "--prefix", "/coreos.com/network").code == 0
+    for words in (["net", "get"], ["subnets", "ls"]):
+        answer = flanctl(*words, env=registry)
+        assert (answer.code, answer.out) == (4, "")
+        said = "no network config at /jxdd/network/config; there is one at /coreos.com/network/config, flannel's default"
+        assert answer.err.endswith(f"{said}\ntry: --prefix /coreos.com/network\n")
+    named = flanctl("net", "get", "--prefix", "/jxdd/network", env=registry)
+    assert "coreos" not in named.err
+
+
 def test_of_two_operators_at_once_one_is_refused_or_both_wrote_in_turn(registry):
     """Both create: exactly one config stands, and the other operator was told."""
     answers = []
