@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MARK = "DOCKER_OPT_"
+ACCEPT_MARK = "0x4000000/0x4000000"
+"""Mark and mask of packets from other hosts to docker0 (`--docker-accept`). kube-proxy's 0x4000 and Tailscale's 0xff0000
+are other bits; Calico's default mask 0xffff0000 is not."""
 MAX_BYTES = 64 * 1024
 """Longest subnet.env we read; flannel's has about 120 bytes."""
 _BLANKS = (" ", "\t")
@@ -28,8 +31,11 @@ def docker_options(
     combined: bool,
     key: str = "DOCKER_OPTS",
     ip_masq: bool = True,
+    accept: bool = False,
 ) -> str:
     """The text of the options file: `DOCKER_OPT_X="…"` lines (`individual`), then `KEY="…"` (`combined`).
+
+    `accept` adds what a dockerd with the nftables backend needs (docs/docker.md), which the script knows nothing of.
 
     `variables` are the environment with subnet.env's over it. Neither kind asked for means both, as in the script.
     `ip_masq=False` leaves `--ip-masq` out. The value of KEY in `variables` comes first; that, the blank in front and
@@ -44,6 +50,9 @@ def docker_options(
 
     options = {name: value for name, value in variables.items() if MARK in name and is_name(name)}
     options |= flannel_options(variables, ip_masq=ip_masq)
+    if accept:
+        options["DOCKER_OPT_ALLOW_DIRECT_ROUTING"] = "--allow-direct-routing"
+        options["DOCKER_OPT_BRIDGE_ACCEPT_FWMARK"] = f"--bridge-accept-fwmark={ACCEPT_MARK}"
     inherited = variables.get(key, "")
     for name, value in (*options.items(), (key, inherited)):
         if unsafe := next(filter(_unsafe, value), None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 
 import pytest
@@ -130,3 +131,72 @@ def test_a_restart_that_fails_is_said_and_the_file_is_there(tmp_path, env_file):
 def test_printing_restarts_nothing(env_file):
     answer = flanctl("docker-opts", "-f", env_file, "-d", "-", "--restart", "docker")
     assert (answer.code, answer.out) == (2, "")
+
+
+def test_accept_adds_what_the_nftables_backend_needs(env_file):
+    answer = flanctl("docker-opts", "-c", "-f", env_file, "-d", "-", "--accept")
+    assert answer.out == (
+        'DOCKER_NETWORK_OPTIONS=" --allow-direct-routing --bip=172.17.41.1/24 '
+        '--bridge-accept-fwmark=0x4000000/0x4000000 --ip-masq=true --mtu=1472"\n'
+    )
+
+
+def test_json_is_merged_into_the_file_and_its_mode_kept(tmp_path, env_file):
+    target = tmp_path / "daemon.json"
+    target.write_text('{\n  "log-driver": "local"\n}\n')
+    target.chmod(0o600)
+    answer = flanctl("docker-opts", "--format", "json", "-f", env_file, "-d", target)
+    assert (answer.code, answer.out) == (0, "")
+    assert answer.err.startswith(f"wrote {target}: --bip=172.17.41.1/24 --mtu=1472")
+    assert json.loads(target.read_text()) == {
+        "log-driver": "local", "bip": "172.17.41.1/24", "mtu": 1472, "ip-masq": True,
+    }  # fmt: skip
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    written = target.stat().st_mtime_ns
+    answer = flanctl("docker-opts", "--format", "json", "-f", env_file, "-d", target)
+    assert (answer.code, "nothing to change" in answer.err) == (0, True)
+    assert target.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [
+        ('{"a": 1,}', 6, "line 1, column 8"),
+        ('{"bridge": "br0"}', 5, '"bridge"'),
+        (" " * 1_000_001, 6, "larger"),
+    ],
+)
+def test_a_daemon_json_that_cannot_take_it_stays_as_it_was(tmp_path, env_file, content, code, says):
+    target = tmp_path / "daemon.json"
+    target.write_text(content)
+    answer = flanctl("docker-opts", "--format", "json", "-f", env_file, "-d", target)
+    assert answer.code == code
+    assert says in answer.err
+    assert target.read_text() == content
+    assert [path.name for path in tmp_path.iterdir() if "daemon" in path.name] == ["daemon.json"]
+
+
+def test_json_and_network_print_too(env_file):
+    answer = flanctl("docker-opts", "--format", "json", "--accept", "-m", "-f", env_file, "-d", "-")
+    assert json.loads(answer.out) == {
+        "bip": "172.17.41.1/24", "mtu": 1472,
+        "allow-direct-routing": True, "bridge-accept-fwmark": "0x4000000/0x4000000",
+    }  # fmt: skip
+    answer = flanctl("docker-opts", "--format", "network", "-f", env_file)
+    assert answer.out == (
+        "--driver=bridge --subnet=172.17.41.0/24 --gateway=172.17.41.1 --opt=com.docker.network.driver.mtu=1472 "
+        "--opt=com.docker.network.bridge.enable_ip_masquerade=true\n"
+    )
+
+
+def test_what_is_about_lines_of_variables_is_refused_elsewhere(env_file):
+    answer = flanctl("docker-opts", "--format", "json", "-i", "-f", env_file, "-d", "-")
+    assert (answer.code, "--format env" in answer.err) == (2, True)
+
+
+def test_docker_is_restarted_for_a_daemon_json_that_changed(tmp_path, env_file):
+    env = _with_systemctl(tmp_path, "")
+    words = ("docker-opts", "--format", "json", "-f", env_file, "-d", tmp_path / "daemon.json")
+    for _ in range(2):
+        assert flanctl(*words, "--restart", "docker", env=env).code == 0
+    assert (tmp_path / "asked").read_text() == "--no-block try-restart docker\n"
