@@ -213,6 +213,14 @@ AGENT = (
         flanneld="iptables-forward-rules",
     ),
     Setting(
+        "docker_accept",
+        "Let packets of other hosts reach containers on docker0, which Docker 28 and newer drops: auto (where Docker "
+        "is) or off.",
+        kind="choice",
+        choices=("auto", "off"),
+        default="auto",
+    ),
+    Setting(
         "iptables_resync",
         "How often rules, device and routes are compared with what they should be.",
         kind="seconds",

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flanctl.agent.backends.base import Backend
+    from flanctl.agent.kernel.docker_accept import DockerAccept
     from flanctl.agent.kernel.rules import IptablesRules
     from flanctl.agent.log import Log
     from flanctl.agent.machine import Machine
@@ -131,6 +132,8 @@ class Options:
     """Seconds the registry keeps our lease without a word from us."""
     healthz: tuple[str, int] | None = None
     """Address and port for HTTP; None: only the unix socket."""
+    docker_accept: bool = True
+    """Keep the rules without which Docker 28 and newer drops packets of other hosts."""
 
 
 class _StartOver(Exception):
@@ -198,6 +201,7 @@ class Agent:
         self._saves = Pace(clock, burst=REMEMBER_BURST, seconds=REMEMBER_SECONDS)
         self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
+        self._accept: DockerAccept
         self._follower: Follower
         self._announcer: Announcer
         self.problems = Problems(log, self._observer.noted)
@@ -229,6 +233,7 @@ class Agent:
             machine.backend.check()
             if self._options.ip_masq or self._options.forward_rules:
                 machine.rules(config.subnet_at(0)).check()
+            machine.docker_accept(config.subnet_at(0), wanted=self._options.docker_accept).check()
         finally:
             machine.backend.stop()
             machine.close()
@@ -395,6 +400,7 @@ class Agent:
         self._memory.save_state(replace(remembered, prefix=self._options.prefix, subnet=subnet))
         machine.backend.start(subnet)
         rules = machine.rules(subnet)
+        self._accept = machine.docker_accept(subnet, wanted=self._options.docker_accept)
         self._start_workers(held, machine, remembered, first=found is None)
         if self._known is not None:
             self._keeper.wake()  # the first answer says whether the subnet is still ours
@@ -792,13 +798,19 @@ class Agent:
             except FlanctlError as error:
                 rules_error = error.message
                 failed.append(error.message)
+        rules_repaired = len(repaired) - len(report.repaired)
+        accept = self._accept.ensure() if with_rules else None
+        if accept is not None:
+            repaired += accept.repaired
+            failed += [words for words in (accept.error, accept.closed) if words is not None]
         trouble = machine.underlay_trouble() if with_rules else None
         self._observer.applied(
             report,
             seconds=self._clock.now() - self._looked,
             rules=self._options.ip_masq + self._options.forward_rules if with_rules else None,
-            rules_repaired=len(repaired) - len(report.repaired),
+            rules_repaired=rules_repaired,
             rules_error=rules_error,
+            accept=accept,
             address_trouble=trouble,
             peers=len(self._peers or ()),
         )

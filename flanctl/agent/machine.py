@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flanctl.agent.kernel.docker_accept import DockerAccept
 from flanctl.agent.kernel.rules import IptablesRules
 from flanctl.agent.underlay import choose_underlay, overlaps
 from flanctl.errors import FlanctlError, Invalid, NotPermitted
@@ -46,6 +47,9 @@ class Machine:
 
     def rules(self, subnet: IPv4Network) -> IptablesRules:
         return IptablesRules(self.config.network, subnet)
+
+    def docker_accept(self, subnet: IPv4Network, *, wanted: bool) -> DockerAccept:
+        return DockerAccept(self.config.network, subnet, self.backend.device, wanted=wanted)
 
     def link_watch(self, changed: Callable[[], None]) -> tuple[Callable[[], None], Callable[[], None]]:
         """`run` and `stop` of a worker that calls `changed` whenever our device or the underlay changed."""

@@ -29,7 +29,7 @@ OPERATIONS = ("get", "list", "ttl", "create", "replace", "delete", "refresh")
 RESULTS = ("ok", "timeout", "refused", "denied", "other")
 RENEWALS = ("ok", "error", "conflict")
 RESTARTS = ("error", "compacted")
-KINDS = ("link", "route", "neighbour", "fdb", "rule")
+KINDS = ("link", "route", "neighbour", "fdb", "rule", "accept")
 SECONDS = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of the duration buckets; a request's own deadline is 5 s unless --timeout says otherwise."""
 

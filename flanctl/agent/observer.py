@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flanctl.agent.backends.base import ApplyReport
+    from flanctl.agent.kernel.docker_accept import AcceptReport
     from flanctl.agent.machine import Machine
     from flanctl.clock import Clock
     from flanctl.model.network_config import NetworkConfig
@@ -66,6 +67,7 @@ class Observer:
         self._since: dict[str, float] = {}
         self._objects: dict[str, tuple[int, int]] = {}
         self._rules_error: str | None = None
+        self._accept: AcceptReport | None = None
         self._address_trouble: str | None = None
         self._lost: Problem | None = None
         self._path: Problem | None = None
@@ -166,12 +168,13 @@ class Observer:
         rules: int | None,
         rules_repaired: int,
         rules_error: str | None,
+        accept: AcceptReport | None,
         address_trouble: str | None,
         peers: int,
     ) -> None:
         """What one look at the kernel found and did, for so many peers.
 
-        `rules`: how many chains are wanted, None if nobody looked.
+        `rules`: how many chains are wanted, `accept`: what became of Docker's accept rules; None if nobody looked.
         """
         self.meters.apply_seconds.observe(seconds)
         self._path = None
@@ -189,6 +192,12 @@ class Observer:
             self._rules_error, self._address_trouble = rules_error, address_trouble
         elif (before := self._objects.get("rule")) is not None:
             objects["rule"] = before
+        if accept is not None:
+            self._accept = accept
+            self.meters.repairs.add("accept", count=0 if before_ready else len(accept.repaired))
+            self.meters.failures.add("accept", count=accept.missing)
+        if self._accept is not None and self._accept.wanted:
+            objects["accept"] = self._accept.wanted, self._accept.missing
         self._objects = objects
         words = "; ".join(report.failed)
         if objects.get("link", (0, 0))[1]:
@@ -197,6 +206,10 @@ class Observer:
             found.append(self._lasting("routes-missing", words))
         if self._rules_error is not None:
             found.append(self._lasting("rules-missing", self._rules_error))
+        if self._accept is not None and self._accept.error is not None:
+            found.append(self._lasting("docker-accept", self._accept.error))
+        if self._accept is not None and self._accept.closed is not None:
+            found.append(self._lasting("docker-closed", self._accept.closed))
         if self._address_trouble is not None:
             found.append(self._lasting("address-gone", self._address_trouble))
         matches = self._look_at_docker(found)
@@ -212,6 +225,7 @@ class Observer:
             objects=tuple((kind, *numbers) for kind, numbers in sorted(objects.items())),
             peers=peers,
             docker_matches=matches,
+            accept=self._accept,
         )
 
     def unseen(self, error: FlanctlError) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from ipaddress import IPv4Address, IPv4Network
 
+    from flanctl.agent.kernel.docker_accept import AcceptReport
+
 FAIL, WARN = "fail", "warn"
 
 PROBLEMS: Mapping[str, str] = {
@@ -35,7 +37,9 @@ PROBLEMS: Mapping[str, str] = {
     "routes-missing": FAIL,
     "kernel-error": FAIL,
     "address-gone": FAIL,
+    "docker-closed": FAIL,
     "rules-missing": WARN,
+    "docker-accept": WARN,
     "lease-short": WARN,
     "watch-old": WARN,
     "docker0-old": WARN,
@@ -157,6 +161,8 @@ class Snapshot:
     """Kernel objects: kind, how many are wanted, how many of them are missing."""
     docker_matches: bool | None = None
     """Whether docker0 has the lease's first address; None without a docker0."""
+    accept: AcceptReport | None = None
+    """What the last look at the accept rules for Docker found; None before the first."""
     drops_before: tuple[float, int] | None = None
     """An earlier moment, about a minute ago, and the sum of all drops at it."""
     found: tuple[Problem, ...] = ()
@@ -298,6 +304,15 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
             kind: {"wanted": wanted, "missing": missing} for kind, wanted, missing in snapshot.objects
         },
         "docker_bridge_matches": snapshot.docker_matches,
+        "docker_accept": None
+        if snapshot.accept is None
+        else {
+            "mode": snapshot.accept.mode,
+            "rules": snapshot.accept.wanted,
+            "missing": snapshot.accept.missing,
+            "behind": list(snapshot.accept.before),
+            "programs": snapshot.accept.programs,
+        },
         "counters": dict(counters),
         "dropped_recently": recent,
         "dropped_recently_seconds": None if before is None else _whole(now.age(before[0])),
@@ -318,8 +333,8 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
 FIELDS = (
     "schema", "host", "version", "pid", "verdict", "state", "state_since", "state_seconds", "started", "as_of",
     "waiting_for", "network", "prefix", "subnet_file", "backend", "data_path", "device", "mtu", "interface",
-    "public_ip", "lease", "registry", "peers", "kernel", "docker_bridge_matches", "counters", "dropped_recently",
-    "dropped_recently_seconds", "problems", "problems_left_out",
+    "public_ip", "lease", "registry", "peers", "kernel", "docker_bridge_matches", "docker_accept", "counters",
+    "dropped_recently", "dropped_recently_seconds", "problems", "problems_left_out",
 )  # fmt: skip
 """The names in a document; without an agent all are null (`flanctl status -w json`)."""
 

@@ -87,6 +87,7 @@ def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
         patient=patient,
         lease_ttl=settings.seconds("lease_ttl"),
         healthz=_healthz(settings),
+        docker_accept=settings.choice("docker_accept") == "auto",
     )
 
 

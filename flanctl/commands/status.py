@@ -48,6 +48,8 @@ _CHECKS = {
     "routes-missing": "peers",
     "rules-missing": "data",
     "docker0-old": "docker",
+    "docker-accept": "docker",
+    "docker-closed": "docker",
     "docker-file-stale": "docker",
     "stale-subnet-env": "subnet.env",
     "healthz-port": "agent",
@@ -69,6 +71,7 @@ _NEXT = {
     "pool-full": "flanctl capacity; flanctl subnets ls",
     "loop-stalled": "kill the agent, systemd starts it again; its log may say on what it hangs",
     "docker0-old": "restart docker when its containers may stop",
+    "docker-closed": "flanctl docker-opts --accept, then restart docker when its containers may stop; docs/docker.md",
     "docker-file-stale": "flanctl docker-opts, then restart docker when its containers may stop",
     "stale-subnet-env": "restart the agent; it writes the file anew",
     "address-gone": "restart the agent once the address is right",
@@ -436,7 +439,23 @@ def _docker_lines(view: View, lease: IPv4Network | None) -> None:
     if wanted is not None and wanted not in has.split(", "):
         view.add(WARN, "docker", f"docker0 is {has}, the lease wants {wanted}", "docker0-old")
     else:
-        view.add(OK, "docker", f"docker0 is {has}")
+        view.add(OK, "docker", f"docker0 is {has}{_accept_words(view.document)}")
+
+
+def _accept_words(document: Mapping[str, Any]) -> str:
+    """The state of the accept rules, where an agent keeps them."""
+    accept = document.get("docker_accept")
+    if accept is None:
+        return ""
+    if accept["mode"] == "off":
+        return "; accept rules off"
+    words = f"; accept rules {accept['rules'] - accept['missing']} of {accept['rules']}"
+    if accept["programs"] != "iptables":
+        words += f" by {accept['programs']}"
+    if accept["behind"]:
+        words += f", behind `{accept['behind'][0]}`"
+        words += f" and {len(accept['behind']) - 1} more" if accept["behind"][1:] else ""
+    return words
 
 
 # ---- verdict and forms ------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def trial(folder: Path, k: int, number: int) -> bool:
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
     subprocess.run(["ip", "link", "delete", "flannel0"], check=True)
-    for table in ("nat", "filter"):
+    for table in ("nat", "filter", "raw", "mangle"):
         subprocess.run(["iptables", "-t", table, "-F"], check=True)
         subprocess.run(["iptables", "-t", table, "-X"], check=True)
     return first != NOT_REACHED

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flanctl.demo.hosts import Container, Host
 
 pytestmark = pytest.mark.needs("root", "netns", "tun", "iptables")
+TABLES = ("nat", "filter", "raw", "mangle")
 RULES = json.loads(Path("tests/vectors/iptables-rules.json").read_text())["v0.28.9"]
 NAT = RULES["--ip-masq"]["nat"]
 FILTER = RULES["--iptables-forward-rules (default true)"]["filter"]
@@ -90,7 +91,7 @@ class Place:
         return (
             "\n".join(map(str, sorted(shown))),
             "\n".join(sorted(line.strip() for line in routes.splitlines())),
-            *(f"{table}: {listing(self.host, table)}" for table in ("nat", "filter")),
+            *(f"{table}: {listing(self.host, table)}" for table in TABLES),
         )
 
     def files(self) -> list[str]:
@@ -138,7 +139,7 @@ def place(lab: Lab, tmp_path: Path) -> Iterator[Place]:
     links = built.host.run(["ip", "-o", "link"]).stdout
     if "flannel0" in links:
         built.host.run(["ip", "link", "delete", "flannel0"])
-    for table in ("nat", "filter"):
+    for table in TABLES:
         built.host.run(["iptables", "-t", table, "-F"])
         built.host.run(["iptables", "-t", table, "-X"])
     assert built.machine() == clean
@@ -176,7 +177,7 @@ def test_the_0_7_dialects_device_has_the_whole_networks_prefix(place: Place) -> 
 
 
 def test_the_rules_are_flannels_to_the_letter(place: Place) -> None:
-    agent = place.start("--ip-masq").wait()
+    agent = place.start("--ip-masq", "--docker-accept=off").wait()
     subnet = str(agent.subnet)
     assert listing(place.host, "nat") == [line.replace("172.17.81.0/24", subnet) for line in NAT]
     assert listing(place.host, "filter") == FILTER
@@ -185,7 +186,7 @@ def test_the_rules_are_flannels_to_the_letter(place: Place) -> None:
 def test_rules_that_are_not_wanted_are_not_made_and_old_ones_go(place: Place) -> None:
     agent = place.start("--ip-masq").wait()
     assert agent.terminate() == 0
-    place.start("--ip-masq=false", "--iptables-forward-rules=false").wait()
+    place.start("--ip-masq=false", "--iptables-forward-rules=false", "--docker-accept=off").wait()
     assert listing(place.host, "nat") == []
     assert listing(place.host, "filter") == []
 
@@ -615,6 +616,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         ("iptables -t nat -I FLANNEL-POSTRTG -j RETURN", "had 7 rules, not the 6"),
         ("iptables -F; iptables -X", "chain FLANNEL-FWD of table filter was missing, written"),
         ("iptables -F FORWARD", "the jump from FORWARD to chain FLANNEL-FWD of table filter was missing"),
+        ("iptables -t raw -F", "the rule for Docker in chain PREROUTING of table raw was missing"),
+        ("iptables -t mangle -F", "the rule for Docker in chain PREROUTING of table mangle was missing"),
+        (
+            "iptables -F DOCKER-USER",
+            "chain DOCKER-USER of table filter was missing",
+        ),
     ],
 )
 def test_harm_is_repaired_said_and_packets_flow_again(pair: Pair, harm: str, said: str) -> None:

@@ -65,6 +65,12 @@ def _dockerd() -> str | None:
     return _root() or _program("dockerd", "containerd", "runc", "docker", "busybox")()
 
 
+def _dockerd_newest() -> str | None:
+    from tests.support import dockerd_build
+
+    return _dockerd() or dockerd_build.missing()
+
+
 def _kernel_link(kind: str) -> Callable[[], str | None]:
     """Whether this kernel makes a link of a kind, tried in a namespace that goes at once."""
 
@@ -117,12 +123,14 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "tun": _tun,
     "vxlan": _kernel_link("vxlan"),
     "iptables": _program("iptables", "iptables-save", "iptables-restore"),
+    "nft": _program("nft"),
     "iperf3": _program("iperf3"),
     "tcpdump": _program("tcpdump"),
     "ping": _program("ping"),
     "etcd34": _etcd34,
     "etcd37": _etcd37,
     "dockerd": _dockerd,
+    "dockerd-newest": _dockerd_newest,
     "frozen": _frozen,
     "debian-tree": _debian_tree,
     "go": _program("go"),

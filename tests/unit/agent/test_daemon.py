@@ -25,6 +25,7 @@ import pytest
 from flanctl.agent import state as state_file
 from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
 from flanctl.agent.daemon import FAILURES, PEERS_BURST, PEERS_PAUSE, Agent, Options, Phase
+from flanctl.agent.kernel.docker_accept import AcceptReport
 from flanctl.agent.kernel.fake import FakeKernel
 from flanctl.agent.lock import lock
 from flanctl.agent.log import Log
@@ -123,6 +124,19 @@ class FakeRules:
         return answer
 
 
+@dataclass
+class FakeAccept:
+    note: Callable[[str], None]
+    reports: list[AcceptReport] = field(default_factory=list)
+
+    def check(self) -> None:
+        self.note("look at accept rules")
+
+    def ensure(self) -> AcceptReport:
+        self.note("accept")
+        return self.reports.pop(0) if self.reports else AcceptReport()
+
+
 class FakeMachine:
     def __init__(self, house: House, config) -> None:
         kernel = FakeKernel()
@@ -136,6 +150,9 @@ class FakeMachine:
 
     def rules(self, subnet: IPv4Network) -> FakeRules:
         return self._house.rules
+
+    def docker_accept(self, subnet: IPv4Network, *, wanted: bool) -> FakeAccept:
+        return self._house.accept
 
     def underlay_trouble(self) -> str | None:
         return self._house.trouble
@@ -173,6 +190,7 @@ class House:
         self.text = StringIO()
         self.backend = FakeBackend(self.note)
         self.rules = FakeRules(self.note)
+        self.accept = FakeAccept(self.note)
         self.monitor_stopped = threading.Event()
         self.monitor: Callable[[], object] = self.monitor_stopped.wait
         self.store = self.registry.another()
@@ -295,7 +313,7 @@ def systemd() -> Iterator[Callable[[], list[str]]]:
 
 def test_a_start_looks_then_acts_and_stopping_ends_the_backend_before_all_else(house):
     house.live_until_ready()
-    assert house.steps == ["check", "prepare", "start", "apply", "rules", "stop", "close"]
+    assert house.steps == ["check", "prepare", "start", "apply", "rules", "accept", "stop", "close"]
     assert house.rules.asked == [{"masq": True, "forward": True}]
     assert house.agent.phase is Phase.STOPPED
 
@@ -360,7 +378,7 @@ def test_a_step_that_fails_is_the_error_and_the_next_start_takes_the_same_subnet
 
 def test_a_check_writes_nothing_anywhere_and_lets_go_of_everything(house, tmp_path):
     house.agent.check()
-    assert house.steps == ["check", "look at rules", "stop", "close"]
+    assert house.steps == ["check", "look at rules", "look at accept rules", "stop", "close"]
     assert set(house.store.calls) == {"get"}
     assert list(tmp_path.iterdir()) == []
 

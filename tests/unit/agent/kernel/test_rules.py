@@ -199,7 +199,7 @@ def test_without_iptables_what_is_wanted_fails_and_nothing_wanted_is_fine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("flanctl.agent.kernel.rules._PATH_OF_ROOT", str(tmp_path))
+    monkeypatch.setattr("flanctl.agent.kernel.iptables._PATH_OF_ROOT", str(tmp_path))
     rules = IptablesRules(NETWORK, SUBNET)
     with pytest.raises(FlanctlError, match="the program iptables is not installed") as error:
         rules.ensure(masq=True, forward=True)
