@@ -71,6 +71,7 @@ migrate = _group(
         "agent": "flanctl.commands.agent:agent",
         "status": "flanctl.commands.status:status",
         "config": "flanctl.commands.config:config",
+        "cleanup": "flanctl.commands.cleanup:cleanup",
         "docker-opts": "flanctl.commands.docker_opts:docker_opts",
         "install": "flanctl.commands.install:install",
         "uninstall": "flanctl.commands.install:uninstall",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from flanctl.settings import AGENT, REGISTRY, RUN_DIR, SUBNET_FILE, WRITE_OUT, Setting, Settings, resolve
+from flanctl.settings import AGENT, REGISTRY, RUN_DIR, SUBNET_FILE, Setting, Settings, TABLE, WRITE_OUT, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +105,8 @@ registry_options = _from_table(REGISTRY)
 agent_options = _from_table(AGENT)
 place_options = _from_table((SUBNET_FILE, RUN_DIR))
 """Where an agent keeps its files, for commands that look at them."""
+cleanup_options = _from_table((SUBNET_FILE, TABLE["state_dir"], RUN_DIR))
+"""The same with what it remembers, for the one that removes them."""
 
 
 def output_options(command: F) -> F:

@@ -67,7 +67,7 @@ def release(what: str, dry_run: bool, yes: bool) -> None:
     from flanctl.commands.session import session
 
     wanted = exact_subnet_or_address(what)
-    _refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
+    refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
     with session() as registry:
         lease = _only(registry, wanted, reserved=False)
         ip = lease.attributes.public_ip
@@ -105,7 +105,7 @@ def reserve(subnet: str, public_ip: str, dry_run: bool, yes: bool) -> None:
     from flanctl.registry.config import read_config
 
     wanted, host = exact_subnet(subnet), _host(public_ip)
-    _refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
+    refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
     with session() as registry:
         config = read_config(registry.store, registry.prefix, registry.wanted_dialect).config
         _refuse_if_it_does_not_fit(config, wanted)
@@ -152,7 +152,7 @@ def unreserve(what: str, dry_run: bool, yes: bool) -> None:
     from flanctl.registry.leases import LEASE_TTL
 
     wanted = exact_subnet_or_address(what)
-    _refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
+    refuse_if_nobody_can_be_asked(dry_run=dry_run, yes=yes)
     with session() as registry:
         lease = _only(registry, wanted, reserved=True)
         attributes = lease.attributes
@@ -186,7 +186,7 @@ def unreserve(what: str, dry_run: bool, yes: bool) -> None:
         _carry_out(plan, lambda: registry.leases().unreserve(lease, ttl=ttl), dry_run=dry_run, yes=yes)
 
 
-def _refuse_if_nobody_can_be_asked(*, dry_run: bool, yes: bool) -> None:
+def refuse_if_nobody_can_be_asked(*, dry_run: bool, yes: bool) -> None:
     if not (dry_run or yes or output.can_ask()):
         raise UsageError(
             "there is no terminal to ask on, nothing was changed",
