@@ -22,6 +22,7 @@ demo: setup ## Two hosts on this machine, the whole story in a minute (root)
 test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last ones)
 	@scripts/need test
 	@$(PY) -m tests.support.etcd || echo "etcd 3.7 could not be built; its tests will say so"
+	@$(PY) -m tests.support.dockerd_build || echo "the newest dockerd could not be built; its tests will say so"
 	cd native && cargo test --quiet --workspace --locked
 	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
 

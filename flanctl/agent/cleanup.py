@@ -14,7 +14,6 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Network
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent import known, state
@@ -29,6 +28,7 @@ from flanctl.errors import Conflict, FlanctlError, NotPermitted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 _ANY = IPv4Network("0.0.0.0/0")
 """Ours are found by name and comment, whatever network they were for."""

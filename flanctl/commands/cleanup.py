@@ -53,7 +53,10 @@ def cleanup(dry_run: bool, yes: bool) -> None:
         try:
             step.do()
         except FlanctlError as error:
-            error.details = (*error.details, f"{number} of {len(found)} steps are done; the rest was not touched")
+            error.details = (
+                *error.details,
+                f"{number} of {len(found)} steps are done; the rest was not touched",
+            )
             error.hint = error.hint or "the same command again does the rest"
             raise
     _show(found, changed=True)
@@ -66,7 +69,9 @@ def _show(found: Sequence[Step], *, changed: bool) -> None:
         output.json(
             {
                 "changed": changed,
-                "removed" if changed else "to_remove": [{"kind": kind, "command": text} for kind, text in commands],
+                "removed" if changed else "to_remove": [
+                    {"kind": kind, "command": text} for kind, text in commands
+                ],
             }
         )
     elif form == "simple":

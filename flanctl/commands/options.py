@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from flanctl.settings import AGENT, REGISTRY, RUN_DIR, SUBNET_FILE, Setting, Settings, TABLE, WRITE_OUT, resolve
+from flanctl.settings import (
+    AGENT,
+    REGISTRY,
+    RUN_DIR,
+    SUBNET_FILE,
+    TABLE,
+    WRITE_OUT,
+    Setting,
+    Settings,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

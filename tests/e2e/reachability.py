@@ -49,7 +49,7 @@ def wait_until_reachable(where: Namespace, to: IPv4Address) -> None:
 
 def assert_pings(where: Namespace, to: IPv4Address) -> None:
     """Every one of five is answered."""
-    done = ping(where, to, "-c", "5", "-i", "0.05")
+    done = ping(where, to, "-c", "5", "-i", "0.05", "-W", "5")
     assert " 0% packet loss" in done.stdout, f"{where.name} → {to}:\n{done.stdout}{done.stderr}"
 
 

@@ -2,13 +2,14 @@
 
     with Dockerd(host, agent.folder / "docker") as docker:       # the file `flanctl docker-opts` wrote
         web = docker.run("/bin/busybox httpd -f -p 80 -h /www")
+        docker.stop(); docker.start()                            # over the same data
         web.exec("/bin/busybox ip route")                        # docker exec
         web.run(["ping", "-c1", "172.17.7.2"])                   # the machine's programs, the container's network
 
     host's network namespace ── dockerd ── containerd ── shim ── container (a network namespace of its own)
       └ a mount namespace of its own: /run/docker and /run/containerd, otherwise shared by every dockerd
 
-Debian's docker.io 20.10 with --storage-driver vfs. Control groups go under a parent named after the lab's host, and
+Debian's docker.io 20.10 with --storage-driver vfs, or with `newest` today's daemon (dockerd_build.py). Control groups go under a parent named after the lab's host, and
 are removed with it. The image is /bin/busybox and links to it, imported; no registry is asked for anything.
 """
 
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 from flanctl.demo.hosts import Namespace
 from tests.support.agents import environment
 from tests.support.deadline import until
+from tests.support.dockerd_build import built
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,9 +45,11 @@ _CGROUPS = Path("/sys/fs/cgroup")
 # docker.service, where $DOCKER_NETWORK_OPTIONS is split into words just as the shell does.
 _START = """
 set -e
-mkdir -p /run/docker /run/containerd
-mount -t tmpfs tmpfs /run/docker
-mount -t tmpfs tmpfs /run/containerd
+if ! [ "$AGAIN" ]; then
+    mkdir -p /run/docker /run/containerd
+    mount -t tmpfs tmpfs /run/docker
+    mount -t tmpfs tmpfs /run/containerd
+fi
 . "$OPTIONS_FILE"
 exec dockerd $DOCKER_NETWORK_OPTIONS "$@"
 """
@@ -73,9 +77,11 @@ class DockerContainer(Namespace):
 class Dockerd:
     """A daemon and its containers; a context manager that ends both."""
 
-    def __init__(self, host: Host, options_file: Path) -> None:
-        """Start with the options of `options_file`, wait until it answers, import the image."""
+    def __init__(self, host: Host, options_file: Path, *more: str, newest: bool = False) -> None:
+        """Start with the options of `options_file` and `more`, wait until it answers, import the image."""
         self.host = host
+        self.options_file = options_file
+        self._newest = newest
         # Not pytest's tmp_path: a unix socket's path has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="dockerd-"))
         self.log = self.folder / "dockerd.log"
@@ -91,21 +97,39 @@ class Dockerd:
             "--exec-opt": "native.cgroupdriver=cgroupfs",
             "--cgroup-parent": f"/{self.cgroup}",
         }
-        words = [str(word) for pair in arguments.items() for word in pair]
+        self._words = [str(word) for pair in arguments.items() for word in pair] + list(more)
         self._process: subprocess.Popen[Any] | None = None
+        self._mounts = -1
+        """The daemon's mount namespace: its successor must find the containers' where they are."""
         try:
-            with self.log.open("wb") as stream:
-                self._process = host.popen(
-                    ["unshare", "--mount", "--propagation", "private", "sh", "-c", _START, "sh", *words],
-                    env=environment(OPTIONS_FILE=str(options_file)),
-                    stdout=stream,
-                    stderr=stream,
-                )
-            self._wait_ready()
+            self._start("unshare", "--mount", "--propagation", "private")
+            self._mounts = os.open(f"/proc/{self._process.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             self._import_image()
         except BaseException:
             self.close()
             raise
+
+    def _start(self, *entered: str, **more: str) -> None:
+        env = environment(OPTIONS_FILE=str(self.options_file), **more)
+        if self._newest:
+            env["PATH"] = f"{built()}:{env['PATH']}"
+        self._log_from = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as stream:
+            self._process = self.host.popen(
+                [*entered, "sh", "-c", _START, "sh", *self._words], env=env, stdout=stream, stderr=stream
+            )
+        self._wait_ready()
+
+    def stop(self) -> None:
+        """End the daemon, and with it the containers, if it was not started with --live-restore."""
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(30.0)
+
+    def start(self, *more: str) -> None:
+        """A new daemon over the same data, after `stop`, with `more` options than the last."""
+        self._words += more
+        self._start("nsenter", f"--mount=/proc/{os.getpid()}/fd/{self._mounts}", AGAIN="yes")
 
     def __enter__(self) -> Self:
         return self
@@ -132,16 +156,19 @@ class Dockerd:
         )
         return done.stdout.decode(errors="replace")
 
-    def run(self, shell: str) -> DockerContainer:
-        """A container that runs a line of shell until the daemon's end."""
+    def run(self, shell: str, *options: str) -> DockerContainer:
+        """A container that runs a line of shell until the daemon's end; `options` are those of `docker run`."""
         # KILL, because process 1 of a container has no default action for TERM and docker would wait 10 s.
-        identity = self.client("run", "--detach", "--stop-signal", "KILL", IMAGE, "/bin/sh", "-c", shell)
-        (about,) = json.loads(self.client("inspect", identity.strip()))
+        words = ["run", "--detach", "--stop-signal", "KILL", *options]
+        if self._newest:  # its runc is built without libseccomp
+            words += ["--security-opt", "seccomp=unconfined"]
+        identity = self.client(*words, IMAGE, "/bin/sh", "-c", shell).strip()
+        (about,) = json.loads(self.client("inspect", identity))
         pid = int(about["State"]["Pid"])
-        assert pid, f"the container ended at once: {self.client('logs', identity.strip())}"
+        assert pid, f"the container ended at once: {self.client('logs', identity)}"
         self._pids.append(pid)
-        address = IPv4Address(about["NetworkSettings"]["IPAddress"])
-        return DockerContainer(self, about["Id"], pid, address, len(self._pids))
+        (network,) = about["NetworkSettings"]["Networks"].values()
+        return DockerContainer(self, about["Id"], pid, IPv4Address(network["IPAddress"]), len(self._pids))
 
     def close(self) -> None:
         """End containers and daemon, by pid where asking does not help; remove control groups and files."""
@@ -163,6 +190,9 @@ class Dockerd:
             until(lambda: not self._members(), seconds=5.0, fail=False)
             for group in self._groups():
                 until(lambda group=group: _removed(group), seconds=3.0, fail=False)  # type: ignore[misc]
+            if self._mounts >= 0:
+                os.close(self._mounts)
+                self._mounts = -1
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def leftovers(self) -> tuple[str, ...]:
@@ -181,7 +211,7 @@ class Dockerd:
             assert self._process.poll() is None, (
                 f"dockerd of {self.host.name} ended with {self._process.returncode}:\n{self._last_lines()}"
             )
-            return b"API listen on" in self.log.read_bytes()
+            return b"API listen on" in self.log.read_bytes()[self._log_from :]
 
         ready = until(up, seconds=START_SECONDS, fail=False)
         assert ready, f"dockerd of {self.host.name} not up in {START_SECONDS:g} s:\n{self._last_lines()}"
