@@ -32,6 +32,7 @@ COMMANDS = [
     "status",
     "config",
     "config check",
+    "cleanup",
     "docker-opts",
     "demo",
     "version",
