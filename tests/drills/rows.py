@@ -23,8 +23,8 @@ HEADS = {
         "seconds",
         "packets sent / lost",
         "changes written / told / twice",
-        "agent's CPU, % of a core",
-        "its memory, MB",
+        "agent's CPU, % of a core, before → in the drill",
+        "its memory, MB, before → after",
         "well again after, s",
     ),
     "zh": (
@@ -33,8 +33,8 @@ HEADS = {
         "时长(秒)",
         "发包 / 丢包",
         "变更写入 / 收到 / 重复",
-        "agent CPU(单核 %)",
-        "agent 内存(MB)",
+        "agent CPU(单核 %),演练前 → 演练中",
+        "agent 内存(MB),前 → 后",
         "恢复用时(秒)",
     ),
 }
@@ -102,7 +102,7 @@ def render(rows: list[dict[str, Any]], language: str) -> str:
             f"{row['seconds']:.0f}",
             f"{packets['sent']:,} / {packets['lost']}",
             f"{events['written']:,} / {events['seen']:,} / {events['doubled']}",
-            f"{agent['cpu_percent']:.1f}",
+            f"{agent['cpu_percent_before']:.1f} → {agent['cpu_percent']:.1f}",
             f"{agent['rss_before_mb']:.1f} → {agent['rss_after_mb']:.1f}",
             "-" if recover is None else f"{recover:.1f}",
         ]
