@@ -16,6 +16,7 @@ from flanctl.environment_file import Entry, Unreadable, parse, split, unbalanced
 from flanctl.errors import FlanctlError, NotFound, NotPermitted, UsageError
 from flanctl.flanneld_flags import FLAGS
 from flanctl.flanneld_line import NEVER_EMPTY, read, read_environment, remarks
+from flanctl.frozen import SHOW_MODULES
 from flanctl.settings import (
     MAX_BYTES,
     OPTIONS,
@@ -39,7 +40,7 @@ FAIL, WARN = "fail", "warn"
 ENVIRONMENT = "environment"
 OURS = {variable: row for row in TABLE.values() for variable in row.variables()}
 THEIRS = {flag.variable: flag for flag in FLAGS.values()}
-KNOWN = (*OURS, *THEIRS, OPTIONS, WRITE_OUT.variable)
+KNOWN = (*OURS, *THEIRS, OPTIONS, WRITE_OUT.variable, SHOW_MODULES)
 MADE_BY_FLANNEL = {"FLANNEL_NETWORK", "FLANNEL_SUBNET", "FLANNEL_MTU", "FLANNEL_IPMASQ"}
 """subnet.env's, which scripts load into their environment."""
 NEXT = {
@@ -209,7 +210,11 @@ def _environment_file(path: str, content: bytes, mode: int) -> Iterator[Finding]
         says = (
             f"{error}; systemd does not start a unit with such a file, or leaves it out (EnvironmentFile=-)"
         )
-        step = f"iconv -f UTF-16 -t UTF-8 {path}" if error.id == "utf16" else "write the line anew"
+        step = (
+            f"iconv -f UTF-16 -t UTF-8 {path} >new && cat new >{path}"
+            if error.id == "utf16"
+            else "write the line anew"
+        )
         yield Finding(FAIL, error.id, path, error.line, says, step)
         return
     odd = [*_bytes(path, content, entries), *(each for entry in entries for each in _line(path, entry))]

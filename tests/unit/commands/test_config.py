@@ -311,6 +311,10 @@ def test_the_environment_is_checked_too():
         ("warn", "dead-flag", 0),
     ]
     assert {finding.where for finding in found} == {"environment"}
+    assert (
+        check_environment({"FLANCTL_SHOW_MODULES": "1", "FLANCTL_WRITE_OUT": "json", "FLANCTL_IFACE": "a"})
+        == []
+    )
 
 
 @pytest.mark.parametrize(
