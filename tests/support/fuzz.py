@@ -25,10 +25,10 @@ _all: list[str] = []
 """Of all modules that were collected: whoever fuzzes shares the time with them."""
 
 
-def fuzzed(test: Callable[[], None]) -> Callable[[], None]:
-    """Marks a `@given` test without other arguments."""
+def fuzzed(test: Callable[[], None], *, examples: int = 100) -> Callable[[], None]:
+    """Marks a `@given` test without other arguments; slow ones draw fewer `examples` a turn."""
     # A shared machine stops for longer than a deadline, sooner or later in ten minutes.
-    test = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])(test)
+    test = settings(deadline=None, max_examples=examples, suppress_health_check=[HealthCheck.too_slow])(test)
 
     def again_and_again() -> None:
         end = time.monotonic() + SECONDS / len(_all)

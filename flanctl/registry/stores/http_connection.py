@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     _T = TypeVar("_T")
 
 _MAX_HEAD = 64 << 10
+_AT_ONCE = 1 << 20
+"""Bytes of an answer that are taken though its deadline has passed: those that had come while we were stopped."""
 
 
 class Refusal(Exception):
@@ -68,6 +70,8 @@ class Connection:
         self.reusable = False
         self.cancel = cancel
         self._buffer = bytearray()
+        self._received = 0
+        """Bytes of this answer."""
         self._left = 0
         """Bytes to come of the body (of the chunk when chunked); -1 when it lasts until the server closes."""
         self._chunked = False
@@ -106,7 +110,7 @@ class Connection:
 
     def begin(self, deadline: float) -> None:
         """Read the head of an answer; `status` and `headers` are known then."""
-        self.status = 0
+        self.status = self._received = 0
         while True:
             try:
                 self._head(deadline)
@@ -207,6 +211,9 @@ class Connection:
         return line
 
     def _fill(self, deadline: float) -> None:
+        # Who never has to wait never meets the deadline: an answer without end, faster than it is read.
+        if self._received > _AT_ONCE and time.monotonic() >= deadline:
+            raise TimeoutError
         try:
             data = self._do(lambda: self._socket.recv(256 << 10), select.POLLIN, deadline)
         except OSError as error:
@@ -216,6 +223,7 @@ class Connection:
         if not data:
             raise Refusal("closed the connection without an answer", unsure=True, kind="closed")
         self._buffer += data
+        self._received += len(data)
 
     def _garbage(self) -> Refusal:
         """The first bytes tell who is there instead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -367,3 +368,13 @@ def test_a_name_with_several_addresses_is_served_by_one_that_speaks(monkeypatch:
                 begin = time.monotonic()
                 assert transport.request("GET", "/").body == b"fine"
                 assert time.monotonic() - begin < 0.25
+
+
+def test_an_answer_without_end_that_never_lets_one_wait_ends_at_the_deadline() -> None:
+    """Chunks of four bytes, faster than they are read: the time-out must not need a pause of the server's."""
+    start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    pieces = itertools.repeat(b"4\r\n    \r\n" * 500)
+    with Scripted(lambda _: itertools.chain([start], pieces)) as server:
+        began = time.monotonic()
+        assert "no answer in" in "".join(fails(server.port, timeout=0.2).details)
+        assert time.monotonic() - began < 20
