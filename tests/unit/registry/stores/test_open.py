@@ -211,6 +211,26 @@ class TestAuto:
                 (f"{'etcd v2' if api == 'v2' else 'memory'} is taken: this host's lease is there", False)
             ]
 
+    def test_who_is_on_v2_moves_to_v3_when_it_is_there_and_nothing_speaks_against_it(
+        self, v3: MemoryStore
+    ) -> None:
+        v2 = Etcd2()
+        v2.data.create(CONFIG, b"old", ttl=None)
+        with contextlib.closing(AutoStore(v3, v2.open, CONFIG, lambda *_: None)) as store:
+            assert store.move(lambda _: None) == "memory is in use"  # nobody has asked anything yet
+            assert store.get(CONFIG) is not None
+            assert store.move(lambda _: None) == f"{CONFIG} is not in v3"
+            v3.create(CONFIG, b"new", ttl=None)
+            v3.fail("get", RegistryUnreachable("no leader"))
+            assert store.move(lambda _: None) == "no leader"
+            assert store.move(lambda there: "not yet" if there is v3 else "another") == "not yet"
+            assert store.api == "v2"
+            with store.watch("/net/", after=v2.data.list("/").revision) as watch:
+                assert store.move(lambda _: None) is None
+                assert list(watch) == [], "a watch on v2 ends"
+            assert (store.api, store.get(CONFIG).value) == (v3.api, b"new")  # type: ignore[union-attr]
+            assert store.move(lambda _: None) == "memory is in use"
+
     def test_a_v3_in_trouble_is_not_exchanged_for_what_is_left_in_v2(self, v3: MemoryStore) -> None:
         v2 = Etcd2()
         v2.data.create(CONFIG, b"old", ttl=None)
