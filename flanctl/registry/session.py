@@ -124,6 +124,10 @@ def both_apis(
                 )
             error.hint = error.hint or "start etcd there, or name the right endpoints with --endpoints"
             raise
+        except NotPermitted as error:
+            apart = "etcd keeps the users of v2 and v3 apart: name and password must be good for both"
+            error.details = (*error.details, apart)
+            raise
 
 
 def _look_elsewhere(error: NotFound, how: Connection, key: str) -> None:

@@ -123,6 +123,20 @@ def test_another_etcd_can_be_the_target(place: Place, tmp_path: Path) -> None:
         assert "try: etcd 3.4 and 3.5 serve it with --enable-v2" in nothing.err
 
 
+def test_a_login_must_be_good_for_both(tmp_path: Path) -> None:
+    with Cluster("3.4", folder=tmp_path / "etcd", v2=True) as guarded:
+        place = Place(guarded, PREFIX)
+        for words in ("user add root:sesame", "user grant-role root root", "auth enable"):
+            guarded.etcdctl(*words.split())
+        refused = place.run()
+        assert refused.code == 7
+        assert "etcd keeps the users of v2 and v3 apart" in refused.err
+        wrong = flanctl("migrate", "v2-to-v3", "--user=root", env=place.env | {"FLANCTL_PASSWORD": "open"})
+        assert (wrong.code, "open" in wrong.err) == (7, False)
+        right = flanctl("migrate", "v2-to-v3", "--user=root", env=place.env | {"FLANCTL_PASSWORD": "sesame"})
+        assert right.code == 0, right.err
+
+
 def test_what_v3_holds_of_others_is_refused_with_5(place: Place) -> None:
     place.v3.put(f"{place.prefix}/subnets/172.17.41.0-24", '{"PublicIP":"192.168.6.99"}')
     for words in ((), ("--dry-run",), ("--both",)):
