@@ -3,10 +3,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 PY := $(VENV)/bin/python
-NATIVE := $(shell find native -name '*.rs' -o -name 'Cargo.toml' -o -name 'Cargo.lock' | grep -v /target/)
+NATIVE := $(shell find native -name '*.rs' -o -name '*.[ch]' -o -name 'Cargo.toml' -o -name 'Cargo.lock' | grep -v /target/)
 REQUIRE ?=
 # Tests wait more than they work: two at a time end in little more than half the time. A file's tests stay together.
 JOBS ?= 2
+# Tests that load BPF programs need root; without it cargo lists them as ignored.
+BPF_TESTS := $(if $(filter 0,$(shell id -u)),-- --include-ignored)
 PYTEST := $(PY) -m pytest $(if $(REQUIRE),--require $(REQUIRE))
 
 .PHONY: help
@@ -23,7 +25,7 @@ test: setup ## All tests: unit, contract, netns, e2e, cargo (root for the last o
 	@scripts/need test
 	@$(PY) -m tests.support.etcd || echo "etcd 3.7 could not be built; its tests will say so"
 	@$(PY) -m tests.support.dockerd_build || echo "the newest dockerd could not be built; its tests will say so"
-	cd native && cargo test --quiet --workspace --locked
+	cd native && cargo test --quiet --workspace --locked $(BPF_TESTS)
 	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
 
 # The tests that start flanctl as a process, told by FLANCTL_EXE which file that is, and those of the file itself.
@@ -71,6 +73,7 @@ $(VENV)/.deps: requirements/build.txt requirements/dev.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.deps $(NATIVE) pyproject.toml
+	@scripts/need build
 	@echo "building the packet path (Rust)"
 	@. $(VENV)/bin/activate && maturin develop --quiet --release --locked -m native/pyext/Cargo.toml
 	@$(PY) -m compileall -q $(VENV)/lib flanctl || true

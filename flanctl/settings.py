@@ -265,9 +265,9 @@ AGENT = (
     ),
     Setting(
         "data_path",
-        "How packets are carried: tun (user space).",
+        "How packets are carried: tc in the kernel, tun in user space, tun-plain there without offloads; auto: tc if it can be.",
         kind="choice",
-        choices=("tun",),
+        choices=("auto", "tc", "tun", "tun-plain"),
         default="tun",
     ),
     Setting(

@@ -27,7 +27,7 @@ from flanctl.agent.known import Known
 from flanctl.agent.lock import lock, refuse_locked
 from flanctl.agent.log import MINUTE, Repeated
 from flanctl.agent.memory import Memory
-from flanctl.agent.messages import LinkChanged, Message, PathFailed, Reload, ShowCounters, Stop
+from flanctl.agent.messages import HostsChanged, LinkChanged, Message, PathFailed, Reload, ShowCounters, Stop
 from flanctl.agent.meters import MeteredStore
 from flanctl.agent.observer import TURN, Observer
 from flanctl.agent.pace import Pace
@@ -52,7 +52,7 @@ from flanctl.model.lease import Lease, LeaseAttributes
 from flanctl.model.network_config import NetworkConfig
 from flanctl.model.peers import Problem, peers_of
 from flanctl.model.subnet_file import SubnetFile
-from flanctl.registry.announcements import AnnounceFailed, Announcement, Announcer, CloneSeen
+from flanctl.registry.announcements import AnnounceFailed, Announcement, Announcer, CloneSeen, Hosts
 from flanctl.registry.config import config_key, read_config
 from flanctl.registry.leases import (
     LEASE_TTL,
@@ -466,6 +466,8 @@ class Agent:
                 )
             case LinkChanged():
                 self._link_changed = True
+            case HostsChanged():
+                return True
             case Reload():
                 self._log.info(
                     "SIGHUP: device, routes and rules are compared now; settings are read at the start only"
@@ -698,7 +700,10 @@ class Agent:
             ttl=self._options.lease_ttl,
         )
 
+        self._hosts = Hosts(self._store, self._options.prefix, lambda: self._inbox.put(HostsChanged()))
+
         def beside_leases(event: Put | Delete) -> None:
+            self._hosts.saw(event)
             if isinstance(event, Put) and event.entry.key == announcer.key:
                 announcer.saw(event.entry.value)
 
@@ -719,6 +724,7 @@ class Agent:
             followed,
             own=held.entry.key,
             also=beside_leases,
+            listed=self._hosts.listed,
             known=known,
             revision=held.entry.revision if known else 0,
         )
@@ -782,6 +788,7 @@ class Agent:
         """Make the machine what everything known says it should be."""
         self._looked, self._link_changed = self._clock.now(), False
         try:
+            machine.backend.told(lease_ends=self._keeper.held.ends, flanctl=self._hosts.addresses)
             report = machine.backend.apply(self._peers or ())
         except FlanctlError as error:
             if error.id in FATAL or self.phase is not Phase.READY:
@@ -818,6 +825,11 @@ class Agent:
             for sentence in repaired:
                 if count := self._repeated.worth_saying(sentence):
                     self._log.info(f"repaired: {sentence}", **({"times": count} if count > 1 else {}))
+        for sentence in report.notes:
+            self._log.info(sentence)
+        if machine.backend.data_path != self._words.data_path:
+            self._words = replace(self._words, data_path=machine.backend.data_path)
+            self._announcer.says(self._words)
         for sentence in failed:
             if count := self._repeated.worth_saying(sentence):
                 self._log.warn(sentence, times=count)

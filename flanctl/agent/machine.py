@@ -33,6 +33,7 @@ class Choice:
     iface_can_reach: str | None = None
     public_ip: str | None = None
     peer_check: str = "strict"
+    data_path: str = "tun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,9 @@ def look(config: NetworkConfig, choice: Choice) -> Machine:
             warnings.append(
                 "net.ipv4.ip_forward is 0: containers will not be reached; sysctl -w net.ipv4.ip_forward=1"
             )
-        backend = UdpBackend(kernel, config, underlay, peer_check=choice.peer_check)
+        backend = UdpBackend(
+            kernel, config, underlay, peer_check=choice.peer_check, data_path=choice.data_path
+        )
     except BaseException:
         kernel.close()
         raise

@@ -35,6 +35,11 @@ class LinkChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class HostsChanged:
+    """Other hosts run flanctl than before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reload:
     """SIGHUP: the machine is compared at once, and with --api auto an agent on etcd v2 looks whether it may move to v3."""
 
@@ -45,6 +50,7 @@ Message = (
     | ShowCounters
     | Reload
     | LinkChanged
+    | HostsChanged
     | WorkerFailed
     | FollowerReport
     | KeeperReport

@@ -26,6 +26,7 @@ REASONS = (
 )  # fmt: skip
 """Why the data plane drops packets (native/dataplane/src/counters.rs; a test compares)."""
 
+PATHS = ("userspace", "kernel")
 STATES = ("starting", "leased", "ready", "stopping")
 
 TABLE: Mapping[str, tuple[str, str]] = {
@@ -89,7 +90,11 @@ def _families(
 ) -> dict[str, list[_Sample]]:
     place, lease, taken = snapshot.place, snapshot.lease, snapshot.taken
     there = counted(problems(snapshot, now))
-    path = "userspace" if place is None else place.data_path
+
+    def of(path: str, name: str) -> int:
+        """The counters are those of both paths together, and the kernel's share besides (backends/udp.py)."""
+        kernels = counters.get(f"kernel_{name}", 0)
+        return kernels if path == "kernel" else counters.get(name, 0) - kernels
 
     def moment(boot: float | None) -> list[_Sample]:
         return [] if boot is None else [("", round(now.wall + boot - now.boot, 3))]
@@ -140,13 +145,19 @@ def _families(
         "flanctl_kernel_failures_total": _tally(meters.failures, "kind"),
         "flanctl_apply_duration_seconds": _buckets(meters.apply_seconds),
         "flanctl_packets_total": [
-            (_labels(direction=way, path=path), counters.get(f"{way}_packets", 0)) for way in ("out", "in")
+            (_labels(direction=way, path=path), of(path, f"{way}_packets"))
+            for path in PATHS
+            for way in ("out", "in")
         ],
         "flanctl_bytes_total": [
-            (_labels(direction=way, path=path), counters.get(f"{way}_bytes", 0)) for way in ("out", "in")
+            (_labels(direction=way, path=path), of(path, f"{way}_bytes"))
+            for path in PATHS
+            for way in ("out", "in")
         ],
         "flanctl_dropped_packets_total": [
-            (_labels(reason=reason, path=path), counters.get(f"drop_{reason}", 0)) for reason in REASONS
+            (_labels(reason=reason, path=path), of(path, f"drop_{reason}"))
+            for path in PATHS
+            for reason in REASONS
         ],
         "flanctl_tunnel_mtu_bytes": [] if place is None else [("", place.mtu)],
         "flanctl_underlay_mtu_bytes": [] if place is None else [("", place.underlay_mtu)],

@@ -101,6 +101,7 @@ class Observer:
             capacity=config.capacity,
             backend=config.backend_type,
             data_path=backend.data_path,
+            data_path_why=backend.data_path_why,
             device=backend.device,
             interface=underlay.link.name,
             public_ip=underlay.public_ip,
@@ -218,7 +219,9 @@ class Observer:
         place = self._draft.place
         if place is not None and self._machine is not None:
             backend = self._machine.backend
-            place = replace(place, mtu=backend.mtu, data_path=backend.data_path)
+            place = replace(
+                place, mtu=backend.mtu, data_path=backend.data_path, data_path_why=backend.data_path_why
+            )
         self._draft = replace(
             self._draft,
             place=place,

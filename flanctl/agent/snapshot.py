@@ -103,6 +103,8 @@ class Place:
     capacity: int
     backend: str
     data_path: str
+    data_path_why: str
+    """Why not another, or what to know about this one."""
     device: str
     interface: str
     public_ip: IPv4Address
@@ -268,6 +270,7 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
         "subnet_file": snapshot.subnet_file,
         "backend": None if place is None else place.backend,
         "data_path": None if place is None else place.data_path,
+        "data_path_why": None if place is None else place.data_path_why,
         "device": None if place is None else place.device,
         "mtu": None if place is None else place.mtu,
         "interface": None if place is None else place.interface,
@@ -332,7 +335,7 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
 
 FIELDS = (
     "schema", "host", "version", "pid", "verdict", "state", "state_since", "state_seconds", "started", "as_of",
-    "waiting_for", "network", "prefix", "subnet_file", "backend", "data_path", "device", "mtu", "interface",
+    "waiting_for", "network", "prefix", "subnet_file", "backend", "data_path", "data_path_why", "device", "mtu", "interface",
     "public_ip", "lease", "registry", "peers", "kernel", "docker_bridge_matches", "docker_accept", "counters",
     "dropped_recently", "dropped_recently_seconds", "problems", "problems_left_out",
 )  # fmt: skip

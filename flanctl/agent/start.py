@@ -35,8 +35,8 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
         iface_can_reach=settings.optional("iface_can_reach"),
         public_ip=settings.optional("public_ip"),
         peer_check=settings.choice("peer_check"),
+        data_path=settings.choice("data_path"),
     )
-    settings.choice("data_path")
 
     def say(sentence: str, warning: bool) -> None:
         (log.warn if warning else log.info)(sentence)

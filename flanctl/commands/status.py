@@ -269,6 +269,9 @@ def _data_words(document: Mapping[str, Any]) -> str | None:
         f"{document['data_path']} path; {_count(counters.get('out_packets', 0))} packets out,"
         f" {_count(counters.get('in_packets', 0))} in"
     )
+    why = document["data_path_why"]
+    if why and not why.startswith("--"):  # a setting is no news to who made it
+        words = words.replace(" path;", f" path ({why});", 1)
     if (dropped := document["dropped_recently"]) is not None:
         words += f", {_count(dropped)} dropped in the last {output.age(document['dropped_recently_seconds'])}"
     return words
@@ -572,5 +575,6 @@ def _rows(view: View) -> Sequence[Sequence[object]]:
         ("packets_out", counters.get("out_packets")),
         ("packets_in", counters.get("in_packets")),
         ("dropped_recently", document["dropped_recently"]),
+        ("data_path_why", document["data_path_why"]),
     ]
     return [*rows, *(("problem", problem["id"], problem["severity"]) for problem in view.problems)]

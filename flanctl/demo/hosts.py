@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 UNDERLAY = IPv4Network("192.168.66.0/24")
 _NAMESPACES = Path("/run/netns")
+_PINS = Path("/sys/fs/bpf/flanctl")
 _numbers = itertools.count(1)
 
 
@@ -203,6 +204,7 @@ class Lab:
         self.hosts: list[Host] = []
         self.processes: list[subprocess.Popen[Any]] = []
         self._namespaces: dict[str, int] = {}
+        self._inodes: set[int] = set()
         self.underlay = Namespace(self, "under")
         self._gateway = network.network_address + 1
         # A second Ctrl-C may hit between the end of a `with` block and its close; the interpreter's end may not.
@@ -261,12 +263,14 @@ class Lab:
         self._namespaces[namespace.namespace] = 0
         _batch([f"netns add {namespace.namespace}"])
         self._namespaces[namespace.namespace] = namespace.path.stat().st_ino
+        self._inodes.add(namespace.path.stat().st_ino)
 
     def removal(self) -> str:
         """What to type to remove a lab that was kept: ends its processes, deletes its namespaces."""
         return (
             f"for n in $(ip netns list | grep -o '^{self.prefix}-[^ ]*'); do "
-            'ip netns pids "$n" | xargs -r kill; ip netns delete "$n"; done'
+            'ip netns pids "$n" | xargs -r kill; '
+            f'rm -rf {_PINS}/$(stat -L -c %i {_NAMESPACES}/"$n")-*; ip netns delete "$n"; done'
         )
 
     def keep(self) -> str:
@@ -279,6 +283,8 @@ class Lab:
         """End all processes (SIGTERM, after `grace` seconds SIGKILL) and remove all namespaces."""
         with _uninterrupted():
             self._end_processes(grace)
+            for pins in self._pins():
+                shutil.rmtree(pins, ignore_errors=True)
             present = [f"netns delete {name}" for name in self._namespaces if (_NAMESPACES / name).exists()]
             if present:
                 _batch(present)
@@ -292,7 +298,12 @@ class Lab:
         return (
             *(f"namespace {name}" for name in names),
             *(f"process {pid} {_command_of(pid)}" for pid in self._pids()),
+            *(f"pins {path}" for path in self._pins()),
         )
+
+    def _pins(self) -> list[Path]:
+        """Maps that the agents of this lab have pinned (agent/backends/kernel_path.py): a namespace does not take them along."""
+        return [path for inode in self._inodes for path in _PINS.glob(f"{inode}-*")]
 
     def _end_processes(self, grace: float) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -15,13 +15,13 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 from flanctl.errors import FlanctlError
-from flanctl.registry.stores.store import Changed, KeyExists
+from flanctl.registry.stores.store import Changed, KeyExists, Put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flanctl.clock import Clock
-    from flanctl.registry.stores.store import Store
+    from flanctl.registry.stores.store import Delete, Store
 
 LOOK_SECONDS = 600.0
 """Between two looks at our own announcement; a third of its time if that is shorter."""
@@ -127,6 +127,12 @@ class Announcer:
         self._stop.set()
         self._bell.set()
 
+    def says(self, words: Announcement) -> None:
+        """From now on these words, of the same run."""
+        with self._lock:
+            self._words, self._value = words, words.format()
+        self._bell.set()
+
     def saw(self, value: bytes) -> None:
         """What stands under our key now, as a watch tells."""
         other = Announcement.parse(value)
@@ -154,6 +160,8 @@ class Announcer:
                 self._store.refresh(current, ttl=self._ttl)
             else:
                 other = Announcement.parse(current.value)
+                if other is not None and other.run == self._words.run:
+                    other = None  # what we said before
                 self._store.replace(self.key, self._value, ttl=self._ttl, expected=current.revision)
         except (KeyExists, Changed):
             return  # another machine's, just now: the next look tells
@@ -165,6 +173,47 @@ class Announcer:
     def _is_our_past(self, other: Announcement) -> bool:
         """What stood there at our start: our own from before a restart, or from before the state directory was lost."""
         return other.instance == self._words.instance or (self._first and other.host == self._words.host)
+
+
+class Hosts:
+    """Which hosts run flanctl, by their announcements: all of them at a list, then by what a watch tells.
+
+    `listed` and `saw` belong to the follower's thread, `addresses` may be asked from any.
+    """
+
+    def __init__(self, store: Store, prefix: str, changed: Callable[[], None]) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._folder = _folder(prefix)
+        self._changed = changed
+        self.addresses: frozenset[IPv4Address] | None = None
+        """None until they were listed once."""
+
+    def listed(self) -> None:
+        """Ask for all. A registry that does not tell, or does not let us look there, leaves what is known."""
+        try:
+            found = frozenset(announcements(self._store, self._prefix))
+        except FlanctlError:
+            return
+        self._take(found)
+
+    def saw(self, event: Put | Delete) -> None:
+        key = event.entry.key if isinstance(event, Put) else event.key
+        if self.addresses is None or not key.startswith(self._folder):
+            return
+        try:
+            address = IPv4Address(key.removeprefix(self._folder))
+        except ValueError:
+            return
+        if isinstance(event, Put) and Announcement.parse(event.entry.value) is not None:
+            self._take(self.addresses | {address})
+        else:
+            self._take(self.addresses - {address})
+
+    def _take(self, found: frozenset[IPv4Address]) -> None:
+        if found != self.addresses:
+            self.addresses = found
+            self._changed()
 
 
 def announcements(store: Store, prefix: str) -> dict[IPv4Address, Announcement]:

@@ -74,7 +74,7 @@ class Follower:
     """One worker that knows all leases. `run` in its own thread; `table` and `stop` from any.
 
     `own` is our own lease's key. `also` is called, in the worker's thread, with each event below the prefix that is
-    neither a lease nor the config (announcements).
+    neither a lease nor the config (announcements), and `listed` after each list, before the watch from there.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Follower:
         *,
         own: str | None = None,
         also: Callable[[Put | Delete], None] | None = None,
+        listed: Callable[[], None] | None = None,
         relist_seconds: float = RELIST_SECONDS,
         known: Sequence[Lease] = (),
         revision: int = 0,
@@ -94,6 +95,7 @@ class Follower:
         self._post = post
         self._own = own
         self._also = also
+        self._after_list = listed
         self._relist_seconds = relist_seconds
         self._config_key = config_key(leases.prefix)
         self._stop = threading.Event()
@@ -204,6 +206,8 @@ class Follower:
         if first or changed:
             self._mark()
         self._take_config(config, first=first)
+        if self._after_list is not None:
+            self._after_list()
 
     def _why_doubt(self, missing: dict[str, Lease], revision: int, config: Entry | None) -> str | None:
         """What makes us think that not the hosts are gone but the registry's memory of them."""

@@ -121,7 +121,7 @@ class Freeze:
     def native(self) -> tuple[Path, str]:
         """The packet path as one object whose only global symbol is PyInit__native."""
         source = self.root / "native"
-        parts = [source / name for name in ("dataplane", "pyext", "Cargo.toml", "Cargo.lock")]
+        parts = [source / name for name in ("bpf", "dataplane", "pyext", "Cargo.toml", "Cargo.lock")]
 
         def build(folder: Path) -> None:
             target = self.cache.folder / "cargo-native"

@@ -87,11 +87,13 @@ class Net:
     """On the first host, with the MTU of the underlay."""
 
 
-@pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+@pytest.fixture(scope="module", params=["tun", "tc"])
+def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    """Three hosts; with the kernel path the first two, while the third stays in user space."""
     folder = configured(tmp_path_factory.mktemp("net"))
+    path = "--data-path", str(request.param)
     with Lab("packets") as lab:
-        one, two, three = join(lab, folder, "--ip-masq"), join(lab, folder), join(lab, folder)
+        one, two, three = join(lab, folder, "--ip-masq", *path), join(lab, folder, *path), join(lab, folder)
         for member in (one, two, three):
             # As Docker does it: only what flannel's forward rules accept may pass.
             member.host.run(["iptables", "-P", "FORWARD", "DROP"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from ipaddress import IPv4Network
+    from ipaddress import IPv4Address, IPv4Network
 
     from flanctl.model.peers import Peer
 
@@ -39,6 +39,8 @@ class ApplyReport:
     failed: tuple[str, ...] = ()
     objects: tuple[Objects, ...] = ()
     """The same in numbers, for status and metrics."""
+    notes: tuple[str, ...] = ()
+    """What an operator should read once, though nothing was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,15 @@ class Backend(Protocol):
     @property
     def data_path(self) -> str:
         """`userspace` or `kernel`, for the log and status."""
+        ...
+
+    @property
+    def data_path_why(self) -> str:
+        """Why it is not another path, or what to know about this one; a sentence, or nothing."""
+        ...
+
+    def told(self, *, lease_ends: float | None, flanctl: frozenset[IPv4Address] | None) -> None:
+        """Before each `apply`: when our lease ends (seconds since boot, None: never), and which hosts run flanctl (None: not known yet)."""
         ...
 
     def check(self) -> None:

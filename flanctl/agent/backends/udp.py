@@ -5,7 +5,9 @@ UDP to that host's public IP → its data plane: does the sender own the inner s
 flannel0 → routing → docker0 → container. Device, address and route are as flannel's (reference: flannel 0.28.9
 backend/udp, and 0.7.1 for its dialect, whose device has the whole network's prefix).
 
-Only this module imports `flanctl._native`.
+Beside it, where it can be had, packets take a path in the kernel (kernel_path.py).
+
+Only this module and kernel_path import `flanctl._native`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flanctl.agent.backends import kernel_path
 from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
+from flanctl.agent.backends.kernel_path import KernelSide
 from flanctl.agent.kernel import tun
 from flanctl.agent.kernel.links import Device, ensure_device, open_device, refuse_foreign
 from flanctl.agent.kernel.routes import Routes, device_route
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
     from flanctl._native import DataPlane
     from flanctl.agent.kernel.door import Kernel
+    from flanctl.agent.kernel.model import Link
     from flanctl.agent.underlay import Underlay
     from flanctl.model.network_config import NetworkConfig
     from flanctl.model.peers import Peer
@@ -43,12 +48,18 @@ ENCAP_OVERHEAD = 28
 class UdpBackend:
     """TUN, socket and data plane of one agent. See backends/base.py for what each call promises."""
 
-    data_path = "userspace"
     device = DEVICE
 
     def __init__(
-        self, kernel: Kernel, config: NetworkConfig, underlay: Underlay, *, peer_check: str = "strict"
+        self,
+        kernel: Kernel,
+        config: NetworkConfig,
+        underlay: Underlay,
+        *,
+        peer_check: str = "strict",
+        data_path: str = "tun",
     ) -> None:
+        """`data_path`: `tc`, in the kernel or not at all; `auto`, there if it can be; `tun` and `tun-plain`, in user space."""
         self._kernel = kernel
         self._config = config
         self._underlay = underlay
@@ -65,6 +76,25 @@ class UdpBackend:
         self._rows: dict[int, tuple[Peer, tuple[str, int, str]]] = {}
         """The data plane's words for each of them, by identity: to print thousands anew takes 10 ms."""
         self._stopped = threading.Event()
+        self._wanted = data_path
+        self._side: KernelSide | None = None
+        if data_path in {"auto", "tc"}:
+            self._side = KernelSide(
+                kernel, config, underlay, device=DEVICE, mtu=self.mtu, peer_check=peer_check
+            )
+        self._flanctl: frozenset[IPv4Address] | None = None
+        self._lease_ends: float | None = 0.0
+        self._said = ""
+
+    @property
+    def data_path(self) -> str:
+        return "kernel" if self._side is not None and self._side.attached else "userspace"
+
+    @property
+    def data_path_why(self) -> str:
+        if self._side is None:
+            return f"--data-path {self._wanted}"
+        return self._side.why
 
     @property
     def mtu(self) -> int:
@@ -100,6 +130,11 @@ class UdpBackend:
         prefix = self._config.network.prefixlen if self._config.dialect is Dialect.V0_7 else 32
         self._device = Device(DEVICE, mtu=self.mtu, address=IPv4Interface(f"{base}/{prefix}"))
         self._open()
+        if self._side is None:
+            kernel_path.remove(self._kernel, self._config.network, device=DEVICE)
+
+    def told(self, *, lease_ends: float | None, flanctl: frozenset[IPv4Address] | None) -> None:
+        self._lease_ends, self._flanctl = lease_ends, flanctl
 
     def _open(self) -> None:
         """Device, then data plane: the TUN's descriptor is only ours to hand over."""
@@ -161,10 +196,53 @@ class UdpBackend:
             self._plane.replace_routes([row for _, row in self._rows.values()])
             self._carried = peers
         routes = Objects("route", len(wanted), missing=report.missing, repaired=len(report.repaired))
-        return ApplyReport(len(peers), (*repaired, *report.repaired), report.failed, objects=(device, routes))
+        # After the user-space table, so that what the kernel passes up falls on one that knows.
+        in_kernel = self._apply_side(peers, link)
+        return ApplyReport(
+            len(peers),
+            (*repaired, *report.repaired, *in_kernel),
+            report.failed,
+            objects=(device, routes),
+            notes=self._notes(),
+        )
+
+    def _apply_side(self, peers: Sequence[Peer], link: Link) -> tuple[str, ...]:
+        """The kernel path. Raises FlanctlError where it is wanted at any price and cannot be had from the start."""
+        side, subnet = self._side, self._subnet
+        if side is None or subnet is None:
+            return ()
+        repaired = side.apply(subnet, peers, flanctl=self._flanctl, until=self._lease_ends, device=link)
+        if self._wanted == "tc" and not side.attached and not self._said:
+            raise FlanctlError(
+                f"--data-path tc: packets cannot be carried in the kernel: {side.why}",
+                hint="--data-path auto takes user space where the kernel cannot",
+                id="no-kernel-path",
+            )
+        return repaired
+
+    def _notes(self) -> tuple[str, ...]:
+        """A sentence about the path when it is another than it was, or for another reason."""
+        if self._side is None:
+            return ()
+        why = self.data_path_why
+        if self._side.attached:
+            sentence = "packets are carried in the kernel" + (f"; {why}" if why else "")
+        else:
+            sentence = f"packets are carried in user space, not in the kernel: {why}"
+        if sentence == self._said:
+            return ()
+        self._said = sentence
+        return (sentence,)
 
     def counters(self) -> Mapping[str, int]:
-        return {} if self._plane is None else self._plane.counters()
+        """Of both paths together; what the kernel's had of it is `kernel_…` besides."""
+        total = {} if self._plane is None else dict(self._plane.counters())
+        if self._side is not None:
+            for name, count in self._side.counters().items():
+                total[f"kernel_{name}"] = count
+                if not name.startswith("pass_"):
+                    total[name] = total.get(name, 0) + count
+        return total
 
     def wait(self, seconds: float) -> str | None:
         plane = self._plane

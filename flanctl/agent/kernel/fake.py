@@ -254,6 +254,13 @@ class FakeKernel:
         for name in list(self.tuns):
             self._forget_tun(name)
 
+    # --- traffic control
+
+    def exchange(self, kind: int, flags: int, body: bytes, what: str) -> list[bytes]:  # noqa: ARG002
+        """What tc.py asks: here nobody has put a program on a link."""
+        self._called("exchange")
+        return []
+
     # --- inside
 
     def _called(self, operation: str) -> None:

@@ -70,6 +70,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
+ARPHRD_ETHER = 1
 RTEXT_FILTER_SKIP_STATS = 8
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
 IFA_LOCAL, RTA_OIF, IFLA_IFNAME = 2, 4, 3
@@ -309,13 +310,28 @@ class NetlinkKernel:
                     ]
         raise FlanctlError(f"cannot {what}: it changed {_DUMP_TRIES} times while the kernel was answering")
 
+    def exchange(self, kind: int, flags: int, body: bytes, what: str) -> list[bytes]:
+        """One request that is none of pyroute2's classes, and the payloads of its answers (tc.py)."""
+        with self._lock:
+            self._sequence += 1
+            header = _HEADER.pack(_HEADER.size + len(body), kind, flags | NLM_F_REQUEST, self._sequence, 0)
+            self._transmit(header + body, what)
+            return [
+                message[_HEADER.size :]
+                for answer, _, message in self._answers(what)
+                if answer not in {NLMSG_ERROR, NLMSG_DONE}
+            ]
+
     def _send(self, kind: int, flags: int, request: nlmsg, what: str) -> None:
         self._sequence += 1
         request["header"] = {"type": kind, "flags": flags | NLM_F_REQUEST, "sequence_number": self._sequence}
         request.data = bytearray()
         request.encode()
+        self._transmit(request.data, what)
+
+    def _transmit(self, data: bytes | bytearray, what: str) -> None:
         try:
-            self._socket.send(request.data)
+            self._socket.send(data)
         except OSError as error:
             raise FlanctlError(f"cannot {what}: {error.strerror}") from None
 
@@ -532,6 +548,7 @@ def _to_link(message: nlmsg, addresses: tuple[IPv4Interface, ...]) -> Link:
         carrier=bool(message.get_attr("IFLA_CARRIER", 1)),
         loopback=bool(message["flags"] & IFF_LOOPBACK),
         queue_length=message.get_attr("IFLA_TXQLEN", 0),
+        ethernet=message["ifi_type"] == ARPHRD_ETHER,
     )
 
 

@@ -1,8 +1,10 @@
-//! `flanctl._native`: a thin shell. Everything that decides lives in the `dataplane` crate.
+//! `flanctl._native`: a thin shell. Everything that decides lives in the crates `dataplane` and `kernelpath`.
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dataplane::routes::Route;
@@ -122,12 +124,149 @@ fn parse_route((base, prefix_len, peer): &(String, i64, String)) -> Result<Route
     Route::new(address(base)?, length, address(peer)?)
 }
 
+/// One lock around it all: the agent's thread changes it, others only read counters.
+#[pyclass(frozen, module = "flanctl._native")]
+struct KernelPath(Mutex<kernelpath::KernelPath>);
+
+#[expect(clippy::needless_pass_by_value, reason = "as map_err calls it")]
+fn refused(error: kernelpath::Error) -> PyErr {
+    PyRuntimeError::new_err(error.to_string())
+}
+
+fn subnet(text: &str, name: &str) -> PyResult<(Ipv4Addr, u8)> {
+    let (address, length) = text.split_once('/').unwrap_or((text, ""));
+    match (address.parse(), length.parse::<u8>()) {
+        (Ok(address), Ok(length)) if length <= 32 => Ok((address, length)),
+        _ => Err(PyValueError::new_err(format!("{name} {text:?} is no subnet"))),
+    }
+}
+
+fn address(text: &str) -> PyResult<Ipv4Addr> {
+    text.parse()
+        .map_err(|_| PyValueError::new_err(format!("{text:?} is not an IPv4 address")))
+}
+
+/// What Python says about a kernel path, by keyword.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Wanted {
+    valid_until: u64,
+    tun: u32,
+    local: String,
+    port: u16,
+    mtu: u16,
+    peer_check: String,
+    network: String,
+    own: String,
+    uplinks: Vec<u32>,
+}
+
+impl Wanted {
+    fn settings(self) -> PyResult<kernelpath::Settings> {
+        let peer_check: dataplane::forward::PeerCheck =
+            self.peer_check.parse().map_err(PyValueError::new_err::<String>)?;
+        Ok(kernelpath::Settings {
+            valid_until: self.valid_until,
+            tun: self.tun,
+            local: address(&self.local)?,
+            port: self.port,
+            mtu: self.mtu,
+            peer_check: peer_check as u32,
+            network: subnet(&self.network, "network")?,
+            own: subnet(&self.own, "own")?,
+            uplinks: self.uplinks,
+        })
+    }
+}
+
+impl KernelPath {
+    fn lock(&self) -> MutexGuard<'_, kernelpath::KernelPath> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl KernelPath {
+    #[new]
+    #[pyo3(signature = (pins, *, network, subnet_len))]
+    #[expect(clippy::needless_pass_by_value, reason = "PyO3 makes it for this call")]
+    fn new(py: Python<'_>, pins: PathBuf, network: &str, subnet_len: u8) -> PyResult<Self> {
+        let network = subnet(network, "network")?;
+        let loaded = py.detach(|| kernelpath::KernelPath::load(&pins, network, subnet_len));
+        Ok(Self(Mutex::new(loaded.map_err(refused)?)))
+    }
+
+    #[staticmethod]
+    fn probe(py: Python<'_>, settings: Wanted, peer: &str) -> PyResult<()> {
+        let (settings, peer) = (settings.settings()?, address(peer)?);
+        py.detach(|| kernelpath::probe(&settings, peer)).map_err(refused)
+    }
+
+    #[staticmethod]
+    #[expect(clippy::needless_pass_by_value, reason = "PyO3 makes it for this call")]
+    fn unpin(pins: PathBuf) -> PyResult<()> {
+        kernelpath::unpin(&pins).map_err(refused)
+    }
+
+    fn taken_over(&self) -> bool {
+        self.lock().taken_over()
+    }
+
+    fn direct_peers(&self) -> Vec<String> {
+        let direct = self.lock().direct_peers();
+        direct.iter().map(ToString::to_string).collect()
+    }
+
+    fn programs(&self) -> PyResult<(RawFd, RawFd)> {
+        let path = self.lock();
+        let encap = path.encap().map_err(refused)?.as_raw_fd();
+        Ok((encap, path.decap().map_err(refused)?.as_raw_fd()))
+    }
+
+    fn configure(&self, py: Python<'_>, settings: Wanted) -> PyResult<()> {
+        let settings = settings.settings()?;
+        py.detach(|| self.lock().configure(&settings)).map_err(refused)
+    }
+
+    fn disable(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.lock().disable()).map_err(refused)
+    }
+
+    fn replace_peers(&self, py: Python<'_>, peers: Vec<(String, u8, String, bool)>) -> PyResult<bool> {
+        let peers: PyResult<Vec<kernelpath::Peer>> = peers
+            .into_iter()
+            .map(|(base, length, public_ip, direct)| {
+                Ok(kernelpath::Peer {
+                    base: address(&base)?,
+                    length,
+                    address: address(&public_ip)?,
+                    direct,
+                })
+            })
+            .collect();
+        let peers = peers?;
+        py.detach(|| self.lock().replace_peers(&peers)).map_err(refused)
+    }
+
+    fn pin(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.lock().pin()).map_err(refused)
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = PyDict::new(py);
+        for (name, value) in py.detach(|| self.lock().counters()).map_err(refused)? {
+            counters.set_item(name, value)?;
+        }
+        Ok(counters)
+    }
+}
+
 #[pymodule]
 mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::DataPlane;
+    use super::{DataPlane, KernelPath};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -61,6 +61,7 @@ class FakeBackend:
     """Does what the daemon tells it and writes it down."""
 
     data_path = "userspace"
+    data_path_why = "--data-path tun"
     device = "flannel0"
     mtu = 1472
 
@@ -83,6 +84,9 @@ class FakeBackend:
 
     def start(self, subnet: IPv4Network) -> None:
         self._note("start")
+
+    def told(self, *, lease_ends, flanctl) -> None:
+        self.told_last = lease_ends, flanctl
 
     def apply(self, peers):
         self._note("apply")

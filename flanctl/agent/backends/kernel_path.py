@@ -1,0 +1,363 @@
+"""The udp backend's path in the kernel: whether it can be had here, attaching it, and following what changes.
+
+        flannel0 egress ── flanctl_enc ──▶ uplink          maps: /sys/fs/bpf/flanctl/<namespace>-<network>/
+        uplink ingress  ── flanctl_dec ──▶ flannel0        filters: kernel/tc.py
+
+The programs (native/bpf) give whatever they do not want to the user-space path, which always runs; so this one may come
+and go under traffic. It comes when nothing speaks against it and a probe has shown that this kernel does what we think
+it does; any doubt, and it goes, with the reason. `flanctl cleanup` calls `remove`.
+
+Order (measured without loss): maps, decapsulation on every uplink, encapsulation; and back the other way round. A
+restart finds the filters there, loads its own programs onto the pinned maps and swaps them in place.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flanctl.agent.kernel import bypassed
+from flanctl.agent.kernel.tc import Filters, program_id
+from flanctl.errors import FlanctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from ipaddress import IPv4Network
+
+    from flanctl._native import KernelPath, KernelSettings
+    from flanctl.agent.kernel.door import Kernel
+    from flanctl.agent.kernel.model import Link
+    from flanctl.agent.underlay import Underlay
+    from flanctl.model.network_config import NetworkConfig
+    from flanctl.model.peers import Peer
+
+BPFFS = Path("/sys/fs/bpf")
+ENCAP, DECAP = "flanctl_enc", "flanctl_dec"
+MOST_UPLINKS = 8
+FIRST_SAMPLE, SAMPLE = 64, 8
+FOREVER = (1 << 64) - 1
+AGAIN = 60
+"""Looks (one in five seconds) between two at what takes a while: IPsec policies and firewall rules."""
+
+
+class NoKernelPath(Exception):
+    """Why packets take the user-space path; a sentence's end."""
+
+
+class KernelSide:
+    """One agent's. Called from the daemon's one thread, `counters` from any."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        config: NetworkConfig,
+        underlay: Underlay,
+        *,
+        device: str,
+        mtu: int,
+        peer_check: str,
+        bpffs: Path = BPFFS,
+    ) -> None:
+        self._kernel = kernel
+        self._filters = Filters(kernel)
+        self._config = config
+        self._underlay = underlay
+        self._device = device
+        self._mtu = mtu
+        self._peer_check = peer_check
+        self._bpffs = bpffs
+        self._path: KernelPath | None = None
+        self._ids = (0, 0)
+        self._remembered: frozenset[IPv4Address] = frozenset()
+        """Hosts that an agent before us knew to run flanctl."""
+        self._hopeless: str | None = None
+        """Nothing on this host will change it while we run."""
+        self._uplinks: tuple[Link, ...] = ()
+        self._sampled = 0
+        self._clean = False
+        """Nothing of ours is attached, by us or by an agent before us."""
+        self._until_look = 0
+        self._ipsec = False
+        self._inert = ""
+        self.attached = False
+        self.why = "it has not been tried yet"
+        """Why it is not attached; while it is, what an operator should know about it, or nothing."""
+
+    @property
+    def pins(self) -> Path:
+        return pins_of(self._config.network, self._bpffs)
+
+    def apply(
+        self,
+        own: IPv4Network,
+        peers: Sequence[Peer],
+        *,
+        flanctl: Collection[IPv4Address] | None,
+        until: float | None,
+        device: Link,
+    ) -> tuple[str, ...]:
+        """Have it as it should be: sentences for what had to be repaired. Never raises: without it packets flow too.
+
+        `flanctl` are the hosts known to run it; None: nobody knows yet, so they are those that were known last.
+        `until` is the end of our lease, in seconds since boot; None for a reservation.
+        """
+        try:
+            self._refuse()
+            uplinks = self._find_uplinks(peers)
+            settings: KernelSettings = {
+                "valid_until": FOREVER if until is None else max(0, int(until * 1e9)),
+                "tun": device.index,
+                "local": str(self._underlay.address),
+                "port": self._config.udp_port,
+                "mtu": self._mtu,
+                "peer_check": self._peer_check,
+                "network": str(self._config.network),
+                "own": str(own),
+                "uplinks": [link.index for link in uplinks],
+            }
+            path = self._path or self._load(settings)
+            path.configure(settings)
+            ours = self._remembered if flanctl is None else flanctl
+            path.replace_peers(
+                [
+                    (
+                        str(peer.subnet.network_address),
+                        peer.subnet.prefixlen,
+                        str(peer.public_ip),
+                        peer.public_ip in ours,
+                    )
+                    for peer in peers
+                ]
+            )
+            return self._attach(path, uplinks, device)
+        except NoKernelPath as reason:
+            self._withdraw(str(reason))
+        except (FlanctlError, RuntimeError) as error:
+            self._withdraw(str(error))
+        return ()
+
+    def counters(self) -> Mapping[str, int]:
+        path = self._path
+        try:
+            return {} if path is None else path.counters()
+        except RuntimeError:
+            return {}  # the maps are ours as long as we live: this is a kernel that does not let us look any more
+
+    def remove(self) -> None:
+        """Detach and unpin, also what an agent before us left. Raises FlanctlError where the kernel refuses."""
+        self._path, self.attached = None, False
+        remove(self._kernel, self._config.network, device=self._device, bpffs=self._bpffs)
+
+    # ---- may it be ------------------------------------------------------------------------------------------------
+
+    def _refuse(self) -> None:
+        """Raise NoKernelPath for what can be seen without trying."""
+        if self._hopeless is not None:
+            raise NoKernelPath(self._hopeless)
+        self._until_look -= 1
+        if self._until_look < 0:
+            self._until_look = AGAIN
+            self._ipsec = bypassed.has_ipsec_policies()
+            rules = bypassed.rules_on_port(self._config.udp_port)
+            self._inert = "; ".join(f'"{rule}"' for rule in rules)
+        if self._ipsec:
+            raise NoKernelPath("this host has IPsec policies, which packets in the kernel path would pass by")
+
+    def _find_uplinks(self, peers: Sequence[Peer]) -> tuple[Link, ...]:
+        """The links that may carry our datagrams: the underlay, and those that lead to a peer.
+
+        A few peers at each look, others at the next; packets to one whose link is not known yet take the other path.
+        """
+        main = self._main_link()
+        if not main.ethernet and not main.loopback:
+            raise NoKernelPath(
+                f"{main.name} is no Ethernet link, and others are not carried in the kernel yet"
+            )
+        found = {main.index: main} if main.ethernet else {}
+        for before in self._uplinks:
+            link = self._kernel.link(before.name)
+            if link is not None and link.index == before.index and link.ethernet:
+                found[link.index] = link
+        look = SAMPLE if self._uplinks else FIRST_SAMPLE
+        sample = [peers[(self._sampled + n) % len(peers)] for n in range(min(look, len(peers)))]
+        self._sampled += look
+        for peer in sample:
+            path = self._kernel.route_to(peer.public_ip)
+            if path is None or path.link in found:
+                continue
+            link = self._kernel.link(_name(path.link))
+            if link is not None and link.ethernet and link.name != self._device:
+                found[link.index] = link
+        if not found:
+            raise NoKernelPath("no Ethernet link leads to a peer")
+        return tuple(found.values())[:MOST_UPLINKS]
+
+    def _main_link(self) -> Link:
+        """The one that has our address, whatever it is called by now."""
+        address = self._underlay.address
+        link = self._kernel.link(self._underlay.link.name)
+        if link is None or all(own.ip != address for own in link.addresses):
+            having = (
+                link for link in self._kernel.links() if any(own.ip == address for own in link.addresses)
+            )
+            link = next(having, None)
+        if link is None:
+            raise NoKernelPath(f"no interface has the address {address}")
+        return link
+
+    # ---- getting it -----------------------------------------------------------------------------------------------
+
+    def _load(self, settings: KernelSettings) -> KernelPath:
+        """Look at the kernel, then load the programs. What fails here fails until the agent is started again."""
+        from flanctl._native import KernelPath
+
+        try:
+            self._have_bpffs()
+            KernelPath.probe(settings, str(self._somebody(settings)))
+            path = KernelPath(
+                str(self.pins),
+                network=str(self._config.network),
+                subnet_len=self._config.subnet_len,
+            )
+        except (NoKernelPath, RuntimeError) as error:
+            self._hopeless = str(error)
+            raise NoKernelPath(self._hopeless) from None
+        encap, decap = path.programs()
+        self._remembered = frozenset(map(IPv4Address, path.direct_peers()))
+        self._path, self._ids = path, (program_id(encap), program_id(decap))
+        return path
+
+    def _have_bpffs(self) -> None:
+        """Where maps are pinned. Mounted where it is not, as iproute2 and bpftool do."""
+        if not self._bpffs.is_dir():
+            raise NoKernelPath(f"there is no {self._bpffs}: this kernel has no BPF file system")
+        if not _is_bpffs(self._bpffs):
+            command = ["mount", "-t", "bpf", "bpf", str(self._bpffs)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+                words = done.stderr.strip().splitlines()[-1:]
+            except OSError as error:
+                words = [str(error)]
+            if not _is_bpffs(self._bpffs):
+                raise NoKernelPath(
+                    f"no BPF file system at {self._bpffs}, and mounting it failed: {' '.join(words)}"
+                )
+        if not os.access(self._bpffs, os.W_OK):
+            raise NoKernelPath(f"the BPF file system at {self._bpffs} is not writable")
+
+    def _somebody(self, settings: KernelSettings) -> IPv4Address:
+        """An address beyond the underlay, for the probe's packets, which go nowhere."""
+        for link in self._kernel.links():
+            if link.index in settings["uplinks"]:
+                for address in link.addresses:
+                    for host in _some_hosts(address.network):
+                        if host != self._underlay.address:
+                            return host
+        default = self._kernel.default_route()
+        if default is None or default.gateway is None:
+            raise NoKernelPath("there is no route to try it with")
+        return default.gateway
+
+    def _attach(self, path: KernelPath, uplinks: tuple[Link, ...], device: Link) -> tuple[str, ...]:
+        encap, decap = path.programs()
+        repaired, self._clean = [], False
+        for link in uplinks:
+            if self._filters.ours(link.index, "ingress", DECAP) != self._ids[1]:
+                self._filters.attach(link.index, "ingress", decap, DECAP)
+                repaired.append(f"{DECAP} was not on {link.name}, attached")
+        for link in self._uplinks:
+            if link.index not in {one.index for one in uplinks}:
+                self._filters.detach(link.index, "ingress", DECAP)
+        self._uplinks = uplinks
+        if self._filters.ours(device.index, "egress", ENCAP) != self._ids[0]:
+            self._filters.attach(device.index, "egress", encap, ENCAP)
+            repaired.append(f"{ENCAP} was not on {device.name}, attached")
+        path.pin()
+        if not self.attached:
+            self.attached, repaired = True, []
+        self.why = (
+            f"firewall rules on UDP port {self._config.udp_port} do not see what the kernel path carries: "
+            f"{self._inert}"
+            if self._inert
+            else ""
+        )
+        return tuple(repaired)
+
+    def _withdraw(self, why: str) -> None:
+        """Packets go to user space from now on; the reason stands in `why`."""
+        self.why, self.attached = why, False
+        if self._clean:
+            return
+        try:
+            if self._path is not None:
+                self._path.disable()
+            detach(self._kernel, self._device)
+            self._clean = True
+        except (FlanctlError, RuntimeError):
+            return  # tried again at the next look; disabled, or past the lease's end, the programs pass everything
+
+
+def pins_of(network: IPv4Network, bpffs: Path = BPFFS) -> Path:
+    """Where a network's maps are pinned: by network namespace too, for those share the file system.
+
+    The file system takes no dots in names (kernel/bpf/inode.c, bpf_lookup).
+    """
+    namespace = Path("/proc/thread-self/ns/net").stat().st_ino
+    return bpffs / "flanctl" / f"{namespace}-{str(network).replace('.', '_').replace('/', '-')}"
+
+
+def detach(kernel: Kernel, device: str) -> None:
+    """Take our programs off every link, encapsulation first. None there is fine."""
+    filters = Filters(kernel)
+    links = kernel.links()
+    for link in links:
+        if link.name == device:
+            filters.detach(link.index, "egress", ENCAP)
+    for link in links:
+        if filters.detach(link.index, "ingress", DECAP):
+            filters.tidy(link.index)
+
+
+def remove(kernel: Kernel, network: IPv4Network, *, device: str, bpffs: Path = BPFFS) -> None:
+    """Programs and pins of a network, in this namespace: for `flanctl cleanup`, and where the path is not wanted any more.
+
+    The programs go first, so that no agent finds pins without them. Raises FlanctlError where the kernel refuses.
+    """
+    detach(kernel, device)
+    pins = pins_of(network, bpffs)
+    try:
+        if pins.is_dir():
+            for pin in pins.iterdir():
+                pin.unlink()
+            pins.rmdir()
+    except OSError as error:
+        raise FlanctlError(f"cannot remove {pins}: {error.strerror}") from None
+
+
+def _is_bpffs(path: Path) -> bool:
+    """By the mount table: statfs(2) is not in Python. By device, for a mount may be hidden under a later one."""
+    try:
+        device = path.stat().st_dev
+        mounts = Path("/proc/thread-self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    return any(line.split()[2] == wanted and line.partition(" - ")[2].split()[0] == "bpf" for line in mounts)
+
+
+def _name(link: int) -> str:
+    try:
+        return socket.if_indextoname(link)
+    except OSError:
+        return ""
+
+
+def _some_hosts(network: IPv4Network) -> Iterator[IPv4Address]:
+    """The first two hosts of a network, if it has room for others than its owner."""
+    if network.prefixlen < 31:
+        yield network.network_address + 1
+        yield network.network_address + 2

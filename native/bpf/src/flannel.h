@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT
+ *
+ * What the programs in flannel.bpf.c and their loader (maps.rs) both know: the layout of the maps. Whoever changes it
+ * changes LAYOUT too, so that an agent never takes over maps it would misread.
+ */
+#ifndef FLANNEL_H
+#define FLANNEL_H
+
+#include <linux/types.h>
+
+#define LAYOUT 1
+
+/* The only element of `config`. Addresses and ports are in network order where the type says so, else in the host's. */
+struct config {
+    __u64 valid_until; /* CLOCK_BOOTTIME, ns: after it everything goes to user space. 0: now */
+    __u32 layout;
+    __u32 tun; /* ifindex */
+    __be32 local; /* the underlay address peers send to */
+    __be16 port;
+    __u16 mtu; /* the TUN's */
+    __u32 peer_check;
+    __u32 network, network_mask;
+    __u32 own, own_mask;
+    __u32 subnet_len;
+    __u32 foreign; /* not 0: look into `foreign` too */
+    __u32 uplinks[8]; /* ifindexes that packets may leave by; unused ones are 0 */
+    __u32 pad;
+};
+
+enum peer_check { CHECK_STRICT, CHECK_SUBNET, CHECK_OFF };
+
+/* A peer as the values of `subnets` and `foreign` have it. One 64-bit store, so that no reader sees half of it. */
+struct hop {
+    __be32 address; /* the peer's public IP; 0: nobody */
+    __u32 direct; /* not 0: it runs flanctl, packets may go to it from here */
+};
+
+struct foreign_key {
+    __u32 length; /* of the prefix */
+    __be32 address;
+};
+
+struct foreign_hop {
+    struct hop hop;
+    __u32 length;
+    __u32 pad;
+};
+
+struct count {
+    __u64 packets, bytes;
+};
+
+/* Indexes of `counters`. From FIRST_DROP on packets were dropped, from FIRST_PASS on given to user space. */
+enum event {
+    SENT,
+    RECEIVED,
+    FIRST_DROP,
+    DROP_SHORT = FIRST_DROP,
+    DROP_BAD_VERSION,
+    DROP_BAD_LENGTH,
+    DROP_UNKNOWN_SENDER,
+    DROP_SPOOFED_SOURCE,
+    DROP_FOREIGN_DESTINATION,
+    DROP_SEND_ERROR,
+    DROP_TUN_ERROR,
+    FIRST_PASS,
+    PASS_NO_ROUTE = FIRST_PASS,
+    PASS_NOT_FLANCTL,
+    PASS_TOO_BIG,
+    PASS_NO_UPLINK,
+    PASS_EXPIRED,
+    PASS_OTHER,
+    EVENTS,
+};
+
+#endif
