@@ -25,7 +25,7 @@ from flanctl.agent.snapshot import (
 
 SUBNET = IPv4Network("172.17.41.0/24")
 PLACE = Place(
-    IPv4Network("172.17.0.0/16"), 255, "udp", "userspace", "", "flannel0", "eth0", IPv4Address("192.168.6.2"), 1500, 1472
+    IPv4Network("172.17.0.0/16"), 255, "udp", "userspace", "--data-path tun", "flannel0", "eth0", IPv4Address("192.168.6.2"), 1500, 1472
 )  # fmt: skip
 STARTING = Snapshot(
     "starting", since=1000.0, started=1000.0, turned=1000.0, host="node1", version="0.1.0", pid=7,

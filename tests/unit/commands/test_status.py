@@ -21,7 +21,7 @@ from tests.support.cli import flanctl
 from tests.support.deadline import until
 
 PLACE = Place(
-    IPv4Network("172.17.0.0/16"), 255, "udp", "userspace", "", "flannel0", "eth0", IPv4Address("192.168.6.2"), 1500, 1472
+    IPv4Network("172.17.0.0/16"), 255, "udp", "userspace", "--data-path tun", "flannel0", "eth0", IPv4Address("192.168.6.2"), 1500, 1472
 )  # fmt: skip
 NOW = Now(boot=1_000_000.0, wall=1_800_000_000.0)
 READY = Snapshot(
@@ -272,7 +272,7 @@ def test_simple_is_a_promise(host):
         line.split("\t")
         for line in host.agent(replace(READY, found=(AWAY,))).status("-w", "simple").out.splitlines()
     ]
-    assert [row[0] for row in rows[:23]] == [
+    assert [row[0] for row in rows[:24]] == [
         "host", "agent", "verdict", "state", "state_seconds", "exit", "network", "subnet", "lease_kind",
         "lease_seconds_left", "public_ip", "backend", "data_path", "mtu", "registry_answers", "watch_revision",
         "watch_seconds_ago", "peers", "routes_wanted", "routes_missing", "packets_out", "packets_in",
