@@ -90,7 +90,7 @@ FAILURES, FAILURE_WINDOW = 5, 60.0
 systemd to start us afresh. One alone must not end an agent whose packets flow."""
 LINK_PAUSE = 0.5
 """Seconds between two looks for the sake of link events: somebody who fights us over flannel0 must not own the CPU."""
-PEERS_BURST, PEERS_PAUSE = 20, 0.5
+PEERS_BURST, PEERS_PAUSE = 50, 0.5
 """So many changes of peers are each acted upon at once, after that all that came within so many seconds together: to learn
 and apply one costs 10 ms of CPU, and a registry may change fifty times a second."""
 FATAL = frozenset({"device-foreign", "device-busy"})
