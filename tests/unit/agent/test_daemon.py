@@ -877,7 +877,8 @@ def test_an_agent_killed_right_after_it_met_a_peer_has_left_it_to_its_successor(
     def script():
         house.ready()
         house.peer(9)
-        until(lambda: "172.17.9.0/24" in (house.folder / "state" / "known.json").read_text())
+        known = house.folder / "state" / "known.json"
+        until(lambda: known.exists() and "172.17.9.0/24" in known.read_text())
 
     house.live(script)  # on a clock that stands still
 

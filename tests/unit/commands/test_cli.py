@@ -34,6 +34,8 @@ COMMANDS = [
     "config check",
     "cleanup",
     "docker-opts",
+    "install",
+    "uninstall",
     "demo",
     "version",
     "completion",
