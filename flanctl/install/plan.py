@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flanctl.errors import NotFound
+from flanctl.errors import Conflict, NotFound
 from flanctl.install.places import File, Link
 from flanctl.install.units import unit
 
@@ -66,8 +66,17 @@ class Plan:
 
 
 def plan(root: Root, ledger: Ledger, *, as_flanneld: bool) -> Plan:
-    """Raises Invalid or NotPermitted for a place that cannot be used, NotFound for a unit this flanctl lacks."""
+    """Raises Invalid or NotPermitted for a place that cannot be used, Conflict where the other unit was installed,
+    NotFound for a unit this flanctl lacks.
+    """
     service = "flanneld.service" if as_flanneld else "flanctl-agent.service"
+    other = "flanctl-agent.service" if as_flanneld else "flanneld.service"
+    if f"{OWN_UNITS}/{other}" in ledger.entries:
+        raise Conflict(
+            f"an earlier install has put {other} here, and one host has one agent",
+            hint="flanctl uninstall, then this again",
+            id="other-install",
+        )
     notes: list[str] = []
     wanted: dict[str, Wanted] = {}
     if (program := _program(root)) is not None:
@@ -76,14 +85,20 @@ def plan(root: Root, ledger: Ledger, *, as_flanneld: bool) -> Plan:
         wanted |= {name: Link(PROGRAM) for name in NAMES}
     ours = f"{OWN_UNITS}/{service}"
     found = _found(root, service)
-    if found is None or (found == ours and ours in ledger.entries):
+    is_ours = found is None or (found == ours and ours in ledger.entries)
+    if is_ours:
         wanted[ours] = File(unit(service).encode())
     docker = _docker(root, service, notes)
+    if docker is not None and as_flanneld and not is_ours:
+        # Who has flannel's unit has a way of giving docker its options, or is about to: ours would come between.
+        docker = None
+        notes.append(
+            f"docker.service does not read {_OPTIONS_FILE} yet: its containers have no subnet of the network"
+        )
     if docker is not None:
         wanted[DROP_IN] = File(docker.encode())
     elif _found(root, "docker.service") is None:
         notes.append("there is no docker.service yet: once Docker is there, run this again for its drop-in")
-    other = "flanctl-agent.service" if as_flanneld else "flanneld.service"
     if any(root.path(f"{OWN_UNITS}/multi-user.target.wants/{other}").parent.glob(other)):
         notes.append(f"{other} is enabled: one host has one agent; systemctl disable --now {other}")
     steps = tuple(Step(place, what, root.look(place)) for place, what in wanted.items())

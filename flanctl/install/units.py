@@ -6,8 +6,6 @@ from pathlib import Path
 
 from flanctl.errors import NotFound
 
-_CHECKOUT = Path(__file__).parents[2] / "packaging" / "systemd"
-
 
 def unit(name: str) -> str:
     """Raises NotFound where flanctl was installed as a Python package, without them."""
@@ -17,8 +15,9 @@ def unit(name: str) -> str:
         pass
     else:
         return str(UNITS[name])
+    checkout = Path(__file__).parents[2]  # the frozen file's modules have no such name
     try:
-        return (_CHECKOUT / name).read_text()
+        return (checkout / "packaging" / "systemd" / name).read_text()
     except FileNotFoundError:
         raise NotFound(
             f"this flanctl has no {name} with it",

@@ -125,6 +125,21 @@ def test_a_config_nobody_edited_is_renewed_by_an_upgrade(tree, made, newer):
     assert "news" in (tree / "etc/flanctl/flanctl.toml").read_text()
 
 
+def test_removing_the_deb_puts_back_what_an_install_had_replaced(tree, made):
+    (tree / "usr/bin/flanneld").write_text("flannel's own")
+    _dpkg(tree, _deb(made))
+    tree.ok("flanctl", "install", "--as-flanneld", "--yes")
+    assert os.readlink(tree / "usr/bin/flanneld") == "/usr/bin/flanctl"
+    assert tree.run("flanneld", "--version").code == 0
+    # The package's program is the one: nothing is copied over it.
+    assert tree.ok("dpkg", "--verify", "flanctl") == ""
+    tree.ok("dpkg", "-r", "flanctl")
+    assert (tree / "usr/bin/flanneld").read_text() == "flannel's own"
+    assert not os.path.lexists(tree / "usr/bin/flanneld-start")
+    assert not (tree / "etc/systemd/system/flanneld.service").exists()
+    (tree / "usr/bin/flanneld").unlink()
+
+
 @pytest.mark.needs("rpm")
 def test_the_rpm_brings_the_same_and_keeps_an_edited_config(tree, made, newer):
     # --nodeps: the tree is Debian's, rpm's database in it knows no glibc and no iptables.

@@ -144,3 +144,14 @@ def test_the_unit_keeps_what_a_restart_needs():
     )
     assert "Type=notify" in lines
     assert "Before=docker.service" in lines
+
+
+def test_both_units_are_confined_in_the_same_words():
+    def service(name):
+        lines = UNIT.with_name(name).read_text().partition("[Service]")[2].splitlines()
+        own = ("#", "[", "EnvironmentFile=", "ExecStart=", "WantedBy=")
+        return {line for line in lines if line and not line.startswith(own)}
+
+    assert service("flanneld.service") - {"ReadWritePaths=/run -/var/log/flannel"} == service(
+        "flanctl-agent.service"
+    ) - {"ReadWritePaths=/run"}

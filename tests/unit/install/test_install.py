@@ -124,8 +124,11 @@ def test_the_agent_s_own_unit_comes_where_no_package_brought_it(tmp_path):
 
 def test_flannel_s_own_unit_stays_the_one(tmp_path):
     tree(tmp_path, files=(*NAMES, "usr/lib/systemd/system/flanneld.service"))
-    put(tmp_path)
+    done = flanctl("install", "--as-flanneld", "--yes", "--root", tmp_path)
     assert not (tmp_path / "etc/systemd/system/flanneld.service").exists()
+    # Its operator gives docker the options; how, is not ours to say.
+    assert not (tmp_path / DROP_IN).exists()
+    assert "docker.service does not read /run/flannel/docker yet" in done.err
 
 
 def test_docker_s_own_command_line_goes_into_the_drop_in(tmp_path):
@@ -287,6 +290,16 @@ def test_a_ledger_that_cannot_be_read_stops_both_and_says_where_the_files_are(tm
             done = flanctl(*command, "--yes", "--root", tmp_path)
             assert (done.code, "cannot be understood" in done.err) == (6, True), done
         assert picture(tmp_path) == before
+
+
+def test_one_host_has_one_of_the_two(tmp_path):
+    tree(tmp_path)
+    put(tmp_path)
+    before = picture(tmp_path)
+    done = flanctl("install", "--yes", "--root", tmp_path)
+    assert done.code == 5
+    assert "an earlier install has put flanneld.service here" in done.err
+    assert picture(tmp_path) == before
 
 
 def test_two_at_once_do_not_mix(tmp_path):
