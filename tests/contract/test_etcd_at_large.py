@@ -200,6 +200,7 @@ class TestApi:
     def test_where_only_v3_was_asked_it_says_that_v2_has_it_and_the_other_way_round(
         self, both: Cluster
     ) -> None:
+        """flannel.md 11, row 19."""
         written(both, "v2", "/two")
         missed = asked(both, "/two", "net", "get", "--api", "v3")
         assert missed.code == 4

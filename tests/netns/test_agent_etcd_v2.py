@@ -21,6 +21,7 @@ PREFIX = "/jxdd/network"
 
 
 def test_it_waits_for_a_config_in_either_api_and_lives_on_v2(tmp_path: Path) -> None:
+    """flannel.md 11, row 19: there, an empty v3 beside a full v2 looks like "no config", for ever."""
     with Lab("v2") as lab:
         host = lab.add_host()
         with Cluster("3.4", folder=tmp_path / "etcd", v2=True, prefix=host.command([])) as cluster:

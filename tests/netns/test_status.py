@@ -112,6 +112,7 @@ def pings(net: Net, seconds: float) -> subprocess.Popen[Any]:
 
 
 def test_waiting_for_the_config_is_alive_and_not_ready_until_it_is_there(tmp_path: Path) -> None:
+    """flannel.md 11, row 23: there, health is always 200."""
     with Lab("waits") as lab:
         host = lab.add_host()
         endpoints = f"sqlite:{tmp_path / 'registry.db'}"
@@ -133,6 +134,7 @@ def test_waiting_for_the_config_is_alive_and_not_ready_until_it_is_there(tmp_pat
 
 
 def test_packets_move_the_counters_and_strangers_are_counted(net: Net) -> None:
+    """flannel.md 11, row 23: drops have reasons and numbers."""
     names = [
         'flanctl_packets_total{direction="out",path="userspace"}',
         'flanctl_packets_total{direction="in",path="userspace"}',

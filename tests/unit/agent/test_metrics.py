@@ -45,6 +45,7 @@ def names_in(text):
 
 
 def test_a_ready_agent_shows_every_metric_there_is():
+    """flannel.md 11, row 23: there are none."""
     assert names_in(page()) == set(TABLE)
     samples(page())
 
