@@ -42,16 +42,18 @@ class Session:
 
     def stay(self, api: str) -> None:
         """Of an etcd that speaks both, go on with this one (AutoStore.stay)."""
+        from flanctl.registry.stores.discovered import DiscoveredStore
         from flanctl.registry.stores.switching import AutoStore
 
-        if isinstance(self.store, AutoStore):
+        if isinstance(self.store, AutoStore | DiscoveredStore):
             self.store.stay(api)
 
     def move(self, objection: Callable[[Store], str | None]) -> str | None:
         """From etcd v2 to v3 (AutoStore.move); why not, where it was not done."""
+        from flanctl.registry.stores.discovered import DiscoveredStore
         from flanctl.registry.stores.switching import AutoStore
 
-        if isinstance(self.store, AutoStore):
+        if isinstance(self.store, AutoStore | DiscoveredStore):
             return self.store.move(objection)
         return f"--api {self.settings.text('api')} asks for it"
 
@@ -67,17 +69,33 @@ def session(
     *,
     prefer: Literal["gateway", "grpc"] = "gateway",
     create: bool = False,
+    patient: bool = False,
     say: Callable[[str, bool], None] = unheard,
 ) -> Iterator[Session]:
     """Open the registry the settings name, making it (a file) only with `create`.
 
     `say(sentence, warning)` is told which of several ways was taken and why. Errors from the registry say where the
-    endpoints were configured.
+    endpoints were configured. `patient` is for who waits for the registry: then a DNS that does not answer is a registry
+    that does not, and is asked again.
     """
     dialect = wanted_dialect(settings)
     prefix = clean_prefix(settings.text("prefix"))
-    how = connection(settings, say)
-    store = open_store(how, prefer=prefer, create=create, key=config_key(prefix), say=say)
+    domain = _domain(settings) if patient else None
+    how = connection(settings, say, () if domain is None else (domain,))
+
+    def opened(how: Connection) -> Store:
+        return open_store(how, prefer=prefer, create=create, key=config_key(prefix), say=say)
+
+    if domain is None:
+        store = opened(how)
+    else:
+        from flanctl.registry.stores.discovered import DiscoveredStore
+        from flanctl.registry.stores.srv import checked
+
+        checked(domain)
+        store = DiscoveredStore(
+            lambda: _endpoints(settings, say), lambda found: opened(replace(how, endpoints=found)), say
+        )
     try:
         yield Session(settings, store, prefix, dialect)
     except RegistryUnreachable as error:
@@ -86,9 +104,9 @@ def session(
         error.hint = error.hint or "start etcd there, or name the right endpoints with --endpoints"
         raise
     except NotFound as error:
-        if error.id == "no-config" and how.api != "auto" and store.api:
+        if error.id == "no-config" and how.api != "auto" and store.api and domain is None:
             _look_elsewhere(error, how, config_key(prefix))
-        if error.id == "no-config" and settings.source("prefix") == "default":
+        if error.id == "no-config" and settings.source("prefix") == "default" and domain is None:
             _look_at_flannels(error, how)
         raise
     finally:
@@ -161,12 +179,15 @@ def dialect_of(settings: Settings) -> Dialect:
     return wanted_dialect(settings) or by_api
 
 
-def connection(settings: Settings, say: Callable[[str, bool], None] = unheard) -> Connection:
-    """What the stores need to know. Raises UsageError for settings that contradict each other.
+def connection(
+    settings: Settings, say: Callable[[str, bool], None] = unheard, endpoints: tuple[str, ...] = ()
+) -> Connection:
+    """What the stores need to know, on these endpoints if some are given. Raises UsageError for settings that
+    contradict each other.
 
     May ask DNS for the endpoints, and a terminal for the password.
     """
-    endpoints = _endpoints(settings, say)
+    endpoints = endpoints or _endpoints(settings, say)
     if not endpoints:
         raise UsageError(f"no endpoint given ({settings.source('endpoints')} is empty)")
     cert, key = settings.optional("cert"), settings.optional("key")
@@ -198,18 +219,24 @@ def connection(settings: Settings, say: Callable[[str, bool], None] = unheard) -
 
 def _endpoints(settings: Settings, say: Callable[[str, bool], None]) -> tuple[str, ...]:
     """Those that were given, or those a domain's SRV records name where nobody gave any."""
-    domain = settings.optional("discovery_srv")
+    domain = _domain(settings)
     if domain is None:
-        return settings.items("endpoints")
-    if settings.source("endpoints") == "--endpoints":
-        if settings.source("discovery_srv") == "--discovery-srv":
-            raise UsageError("--endpoints and --discovery-srv exclude each other")
         return settings.items("endpoints")
     from flanctl.registry.stores.srv import discover
 
     found = discover(domain, timeout=settings.seconds("timeout"))
     say(f"{domain} names {', '.join(found)}", False)
     return tuple(found)
+
+
+def _domain(settings: Settings) -> str | None:
+    """Whose SRV records name the endpoints, where nobody named these."""
+    domain = settings.optional("discovery_srv")
+    if domain is not None and settings.source("endpoints") == "--endpoints":
+        if settings.source("discovery_srv") == "--discovery-srv":
+            raise UsageError("--endpoints and --discovery-srv exclude each other")
+        return None
+    return domain
 
 
 def _api(settings: Settings) -> Api:

@@ -52,9 +52,7 @@ def discover(domain: str, *, timeout: float, resolv_conf: str = RESOLV_CONF, por
     Raises UsageError for what is no domain, NotFound when it names none, RegistryUnreachable when no name server
     answers, Invalid when one answers nonsense.
     """
-    domain = domain.rstrip(".")
-    for service, _ in SERVICES:
-        _encoded(service + domain)  # before anybody is asked
+    domain = checked(domain)
     deadline = time.monotonic() + timeout
     servers = _servers(resolv_conf)
     found: dict[str, None] = {}
@@ -70,6 +68,14 @@ def discover(domain: str, *, timeout: float, resolv_conf: str = RESOLV_CONF, por
             id="no-srv",
         )
     return list(found)
+
+
+def checked(domain: str) -> str:
+    """A domain one can ask for. Raises UsageError."""
+    domain = domain.rstrip(".")
+    for service, _ in SERVICES:
+        _encoded(service + domain)
+    return domain
 
 
 def _ask(name: str, servers: Sequence[str], port: int, deadline: float) -> list[_Target]:
