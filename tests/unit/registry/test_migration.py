@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flanctl.errors import Conflict, Invalid, NotFound, RegistryUnreachable
 from flanctl.model.dialect import Dialect
+from flanctl.model.lease import LeaseAttributes
 from flanctl.model.network_config import NetworkConfig
 from flanctl.registry.leases import Leases
 from flanctl.registry.migration import Migration, convert_config
@@ -221,3 +226,25 @@ def test_a_backend_that_v3s_flannel_has_not_is_refused_by_name(place):
     with pytest.raises(Invalid, match="gce"):
         place.run()
     assert place.there() == {}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    backend=st.none() | st.sampled_from(["vxlan", "host-gw", "wireguard"]),
+    data=st.none() | JSON,
+    more=st.dictionaries(st.text(min_size=1, max_size=6), JSON, max_size=3),
+)
+def test_a_lease_that_goes_to_v3_and_back_is_the_same_bytes(backend, data, more):
+    known = {"publicip", "publicipv6", "backendtype", "backenddata", "backendv6data"}
+    more = {name: value for name, value in more.items() if name.casefold() not in known}
+    attributes = LeaseAttributes(IPv4Address("192.168.6.2"), None, backend, data, unknown=tuple(more.items()))
+    old = attributes.format(OLD)
+    new = LeaseAttributes.parse(old).format(NEW)
+    assert LeaseAttributes.parse(new).format(OLD) == old
+    assert LeaseAttributes.parse(new).format(NEW) == new
