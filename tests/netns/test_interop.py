@@ -221,6 +221,8 @@ def test_in_a_mixed_network_every_pair_talks(network: Network) -> None:
         assert_mtu(one, two.address)
         assert_udp(one, two, two.address)
         assert_tcp(one, two, two.address, megabytes=1)
+        assert_pings(one.host, two.address)  # from the host's own address in the network, its flannel0's
+        assert_pings(two.host, one.address)
     for stream in streams:
         stream.finish()
     # A host that comes later.
