@@ -6,6 +6,9 @@
     old.subnet, old.gateway                 # as flanctl's RunningAgent has them
     old.terminate(); old.kill()             # flannel0 goes with it
 
+With FLANNELD_0_7_1=FILE or FLANNELD_0_28_9=FILE `start` runs that file, a real flanneld, in the stand-in's place (but not
+where options ask for what a real one has not: `--ttl`).
+
 `static` needs no registry: flanneld's device and its plain packet loop, for benchmarks. flanneld.py is the daemon,
 proxy.c the loop (compiled with cc into .cache once). Neither holds anything of flanctl, so that they cannot share its
 misunderstandings; tests/netns/test_flanneld_stand_in.py compares the loop with the recorded bytes of the real one.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
 import signal
 import subprocess
@@ -32,7 +36,17 @@ if TYPE_CHECKING:
     from flanctl.demo.hosts import Host
 
 HERE = Path(__file__).parent
+READY = r"(?m) ready (\S+) on \S+$"
 PREFIX = "/jxdd/network"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """A file that is renamed into place is another one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 @cache
@@ -55,16 +69,20 @@ def proxy() -> Path:
 class StandIn:
     """One process. `start` takes flanneld's own flags as `options`."""
 
-    def __init__(self, host: Host, folder: Path, words: tuple[str, ...]) -> None:
+    def __init__(self, host: Host, folder: Path, words: tuple[str, ...], *, real: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.host = host
         self.folder = folder
         self.words = words
+        self.real = real
         self.log = folder / "flanneld.log"
         self.subnet_file = folder / "subnet.env"
         self._from = self.log.stat().st_size if self.log.exists() else 0
-        command = [sys.executable, str(HERE / "flanneld.py"), "--proxy", str(proxy()), "-iface=eth0"]
-        command += [f"-subnet-file={self.subnet_file}", *words]
+        ours = [sys.executable, str(HERE / "flanneld.py"), "--proxy", str(proxy())]
+        command = [real] if real else ours
+        command += ["-iface=eth0", f"-subnet-file={self.subnet_file}", *words]
+        if real:
+            self._old_file = _identity(self.subnet_file)
         with self.log.open("ab") as stream:
             self.process: subprocess.Popen[Any] = host.popen(command, stdout=stream, stderr=stream)
 
@@ -79,8 +97,11 @@ class StandIn:
         prefix: str = PREFIX,
     ) -> Self:
         """A flanneld on a registry; returns at once."""
-        known = (f"--like={like}", f"-etcd-endpoints={endpoints}", f"-etcd-prefix={prefix}")
-        return cls(host, folder, (*known, *options))
+        known = (f"-etcd-endpoints={endpoints}", f"-etcd-prefix={prefix}")
+        real = os.environ.get(f"FLANNELD_{like.replace('.', '_')}")
+        if real and not any(option.startswith("--ttl") for option in options):
+            return cls(host, folder, (*known, *options), real=real)
+        return cls(host, folder, (f"--like={like}", *known, *options))
 
     @classmethod
     def static(
@@ -99,7 +120,7 @@ class StandIn:
     def again(self) -> Self:
         """A new process in place of this one, which has ended."""
         assert self.process.poll() is not None, f"still running: {self}"
-        return type(self)(self.host, self.folder, self.words)
+        return type(self)(self.host, self.folder, self.words, real=self.real)
 
     def log_text(self) -> str:
         return self.log.read_bytes()[self._from :].decode(errors="replace")
@@ -119,12 +140,25 @@ class StandIn:
 
     def wait(self) -> Self:
         """Itself, once it carries packets and has written subnet.env."""
-        self.wait_log(r"(?m) ready \S+ on \S+$")
+        if self.real:
+            until(self._is_ready, seconds=30, what=str(self))
+        else:
+            self.wait_log(READY)
         return self
+
+    def _is_ready(self) -> bool:
+        """For a real one: 0.7.1 says nothing, but subnet.env is written when device and address are there."""
+        assert self.process.poll() is None, f"{self} ended with {self.process.returncode}"
+        return _identity(self.subnet_file) not in {None, self._old_file}
 
     @property
     def subnet(self) -> IPv4Network:
-        return IPv4Network(self.wait_log(r"(?m) ready (\S+) on \S+$")[1])
+        self.wait()
+        if not self.real:
+            return IPv4Network(self.wait_log(READY)[1])
+        found = re.search(r"(?m)^FLANNEL_SUBNET=(\S+)$", self.subnet_file.read_text())
+        assert found, self.subnet_file
+        return IPv4Network(found[1], strict=False)
 
     @property
     def gateway(self) -> IPv4Interface:
