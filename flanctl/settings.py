@@ -33,7 +33,7 @@ class Setting:
     """One row of the table.
 
     `flanneld` is flannel's flag (its FLANNELD_ variable follows by flannel's rule), `flannel` the variables of the
-    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, address (IPv4),
+    CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, address (IPv4), path,
     choice, number, seconds, switch, list (repeated as a flag, comma separated in a variable) or patterns (repeated,
     never split at a comma).
     `lowest` and `highest` bound numbers and seconds. The key in the TOML file is `name`, with - or _.
@@ -151,6 +151,7 @@ SUBNET_FILE = Setting(
     "subnet_file",
     "File that tells dockerd and scripts our subnet.",
     default="/run/flannel/subnet.env",
+    kind="path",
     metavar="FILE",
     flanneld="subnet-file",
 )
@@ -158,6 +159,7 @@ RUN_DIR = Setting(
     "run_dir",
     "Directory for the agent's socket and the lock that keeps a second agent out.",
     default="/run/flanctl",
+    kind="path",
     metavar="DIR",
 )
 
@@ -195,6 +197,7 @@ AGENT = (
         "state_dir",
         "Directory that remembers our subnet over a reboot.",
         default="/var/lib/flanctl",
+        kind="path",
         metavar="DIR",
     ),
     RUN_DIR,
@@ -335,7 +338,7 @@ class Settings:
         text = self.text(name).lower()
         if text in {"1", "t", "true", "yes", "on"}:
             return True
-        if text in {"0", "f", "false", "no", "off", ""}:
+        if text in {"0", "f", "false", "no", "off"}:
             return False
         raise self._bad(name, "true or false")
 
@@ -365,6 +368,12 @@ class Settings:
             raise self._bad(name, "one of " + ", ".join(allowed) if len(allowed) > 1 else allowed[0])
         return text
 
+    def path(self, name: str) -> str:
+        """Of a file or directory that must have one: an empty one would be the current directory."""
+        if not (text := self.text(name)):
+            raise self._bad(name, "a path")
+        return text
+
     def address(self, name: str) -> str:
         from ipaddress import AddressValueError, IPv4Address
 
@@ -376,9 +385,11 @@ class Settings:
 
     def check(self, name: str) -> None:
         """Raises UsageError where the value is none of its kind. What only its user can tell passes."""
-        kind = TABLE[name].kind
-        if self.optional(name) is not None and kind in {"address", "choice", "number", "seconds", "switch"}:
-            getattr(self, kind)(name)
+        row, value = TABLE[name], self.values.get(name)
+        if value is None or (not value.text and row.default is None):
+            return  # nobody gave it
+        if row.kind in {"address", "choice", "number", "path", "seconds", "switch"}:
+            getattr(self, row.kind)(name)
 
     def shown(self, name: str) -> str | None:
         """The value for people: secrets hidden, lists with commas; None where there is none."""

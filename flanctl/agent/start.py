@@ -71,14 +71,14 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
 
 
 def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
-    subnet_file = Path(settings.text("subnet_file"))
+    subnet_file = Path(settings.path("subnet_file"))
     if subnet_file.is_dir():
         raise UsageError(f"--subnet-file {subnet_file} is a directory")
     return Options(
         prefix=prefix,
         subnet_file=subnet_file.absolute(),
-        state_dir=Path(settings.text("state_dir")).absolute(),
-        run_dir=Path(settings.text("run_dir")).absolute(),
+        state_dir=Path(settings.path("state_dir")).absolute(),
+        run_dir=Path(settings.path("run_dir")).absolute(),
         ip_masq=settings.switch("ip_masq"),
         forward_rules=settings.switch("iptables_forward_rules"),
         resync_seconds=settings.seconds("iptables_resync"),

@@ -188,13 +188,13 @@ def _previous(chosen: Settings, prefix: str) -> Sequence[IPv4Network]:
 
     previous = []
     try:
-        remembered = state.load(Path(chosen.text("state_dir")))
+        remembered = state.load(Path(chosen.path("state_dir")))
         if remembered is not None and remembered.prefix == prefix and remembered.subnet is not None:
             previous.append(remembered.subnet)
     except FlanctlError:
         pass
     try:
-        previous.append(SubnetFile.parse(Path(chosen.text("subnet_file")).read_bytes()).subnet)
+        previous.append(SubnetFile.parse(Path(chosen.path("subnet_file")).read_bytes()).subnet)
     except (OSError, Invalid):
         pass
     return previous

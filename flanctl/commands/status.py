@@ -167,7 +167,7 @@ def _look(chosen: Settings) -> View:
 
     chosen.seconds("timeout")  # nonsense is refused whether or not it is needed in the end
     kinds = {NoAgent: "missing", Silent: "silent", NotPermitted: "forbidden"}
-    run_dir, subnet_path = Path(chosen.text("run_dir")), Path(chosen.text("subnet_file"))
+    run_dir, subnet_path = Path(chosen.path("run_dir")), Path(chosen.path("subnet_file"))
     document: dict[str, Any] = dict.fromkeys(FIELDS)
     document |= {"schema": output.SCHEMA, "host": os.uname().nodename, "problems": []}
     agent = "answers"
@@ -370,7 +370,7 @@ def _announced_by_us(store: Any, prefix: str, public_ip: Any, chosen: Settings) 
     from flanctl.registry.announcements import announcements
 
     try:
-        remembered = state.load(Path(chosen.text("state_dir")))
+        remembered = state.load(Path(chosen.path("state_dir")))
     except FlanctlError:
         return False
     said = announcements(store, prefix).get(public_ip)

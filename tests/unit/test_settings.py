@@ -260,3 +260,22 @@ def test_every_flannel_flag_has_its_variable():
     for row in TABLE.values():
         if row.flanneld:
             assert "FLANNELD_" + row.flanneld.upper().replace("-", "_") in row.variables()
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.default is not None])
+def test_an_empty_value_where_there_must_be_one_is_named(name):
+    """An empty path is the current directory to the kernel, an empty switch was neither."""
+    found = settings(flags={name: ""})
+    if TABLE[name].kind == "text":
+        assert found.optional(name) is None  # endpoints, prefix: their users refuse it
+    else:
+        with pytest.raises(UsageError, match=f'{TABLE[name].flag} "" \\(from {TABLE[name].flag}\\) is not '):
+            found.check(name)
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.default is None])
+def test_an_empty_value_of_what_has_no_default_counts_as_not_given(name):
+    found = settings(flags={name: ""})
+    found.check(name)
+    assert found.optional(name) is None
+    assert found.items(name) == ()
