@@ -113,7 +113,7 @@ def repair(saved: str, rule: Rule) -> tuple[list[str], list[str], list[str]]:
         why = "was missing, written"
     else:
         why = "had other words or stood there twice, written anew"
-    lines = [] if exists else [f":{rule.chain} - [0:0]"]
+    lines = [] if exists or rule.chain != USER_CHAIN else [f":{USER_CHAIN} - [0:0]"]
     lines += [f"-D{there[place][1][2:]}" for place in ours]
     lines.append(f"-I {rule.chain} {front + 1} {rule.words}")
     return lines, [f"the rule for Docker in {rule.place} {why}"], before

@@ -1507,6 +1507,44 @@ def test_what_the_kernel_refuses_and_docker_missed_is_in_status_until_it_is_mend
     house.live(script)
 
 
+def test_the_accept_rules_for_docker_are_in_status_counted_and_said_once(house):
+    """A repair is said and counted; what keeps them from working is a problem until it is over, and never the end."""
+    closed = "dockerd drops packets"
+    house.accept.reports = [
+        AcceptReport(wanted=3, repaired=("written at the start",)),
+        AcceptReport(
+            wanted=3, repaired=("the rule for Docker was missing",), before=("-A DOCKER-USER -j DROP",)
+        ),
+        AcceptReport(wanted=3, error="no iptables-save"),
+        AcceptReport(wanted=3, error="no iptables-save", closed=closed),
+        AcceptReport(wanted=3),
+    ]
+
+    def again(condition):
+        house.agent._inbox.put(Reload())
+        until(condition)
+
+    def script():
+        house.ready()
+        until(lambda: told(house)["state"] == "ready")
+        again(lambda: told(house)["docker_accept"]["behind"] == ["-A DOCKER-USER -j DROP"])
+        assert told(house)["kernel"]["accept"] == {"wanted": 3, "missing": 0}
+        again(lambda: problem_ids(house) == ["docker-accept"])
+        assert told(house)["kernel"]["accept"] == {"wanted": 3, "missing": 3}
+        again(lambda: problem_ids(house) == ["docker-closed", "docker-accept"])
+        assert told(house)["verdict"] == "degraded"
+        assert answers(house, "/readyz")[0] == 200
+        again(lambda: problem_ids(house) == [])
+        text = answers(house, "/metrics")[1]
+        assert 'flanctl_kernel_repairs_total{kind="accept"} 1\n' in text
+        assert 'flanctl_kernel_failures_total{kind="accept"} 6\n' in text
+
+    house.live(script)
+    assert house.log().count("repaired: the rule for Docker was missing") == 1
+    assert "written at the start" not in house.log(), "what is made for the first time is no repair"
+    assert (house.log().count("no iptables-save"), house.log().count(closed)) == (1, 1)
+
+
 def test_a_lost_lease_is_in_the_last_snapshot(house):
     def script():
         house.ready()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from flanctl.agent.kernel.docker_accept import AcceptReport
 from flanctl.agent.snapshot import FIELDS, HeldLease, Now, Place, Problem, Snapshot, document
 from flanctl.agent.status_api import Answer, StatusApi
+from flanctl.commands.status import _accept_words
 from flanctl.registry.stores.sqlite import SqliteStore
 from tests.support.cli import flanctl
 from tests.support.deadline import until
@@ -245,9 +247,31 @@ def test_what_an_agent_says_cannot_move_the_cursor(host):
     assert "\nok    lease  fine" not in answer.out
 
 
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (None, ""),
+        (AcceptReport("off"), "; accept rules off"),
+        (AcceptReport(wanted=3), "; accept rules 3 of 3"),
+        (AcceptReport(wanted=3, error="no"), "; accept rules 0 of 3"),
+        (
+            AcceptReport(wanted=3, before=("-A DOCKER-USER -j DROP", "-A x"), programs="iptables-legacy"),
+            "; accept rules 3 of 3 by iptables-legacy, behind `-A DOCKER-USER -j DROP` and 1 more",
+        ),
+    ],
+)
+def test_dockers_line_tells_the_accept_rules(report, words):
+    assert _accept_words(document(replace(READY, accept=report), COUNTERS, NOW)) == words
+
+
 def test_an_agent_of_another_version_may_lack_what_came_later(host):
     shown = document(replace(READY, subnet_file=str(host.subnet_env)), COUNTERS, NOW)
-    del shown["docker_bridge_matches"], shown["waiting_for"], shown["problems_left_out"]
+    del (
+        shown["docker_bridge_matches"],
+        shown["docker_accept"],
+        shown["waiting_for"],
+        shown["problems_left_out"],
+    )
     host.say(json.dumps({**shown, "something": "new"}))
     assert host.status().code == 0
     assert json.loads(host.status("-w", "json").out)["something"] == "new"
