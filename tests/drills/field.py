@@ -372,7 +372,8 @@ class Measured:
         return time.monotonic() - self._hurt
 
     def note(self, **facts: float) -> None:
-        """More that was measured."""
+        """More that was measured; rows.py has words for it (`NOTES`)."""
+        assert facts.keys() <= rows.NOTES.keys()
         self._notes.update(facts)
 
     def end_agent(self, number: int) -> None:

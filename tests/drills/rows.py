@@ -26,6 +26,8 @@ HEADS = {
         "agent's CPU, % of a core, before → in the drill",
         "its memory, MB, before → after",
         "well again after, s",
+        "longest without a write, s",
+        "also",
     ),
     "zh": (
         "演练",
@@ -36,8 +38,20 @@ HEADS = {
         "agent CPU(单核 %),演练前 → 演练中",
         "agent 内存(MB),前 → 后",
         "恢复用时(秒)",
+        "最长无法写入(秒)",
+        "其他",
     ),
 }
+
+NOTES = {
+    "ready_seconds": ("restarted agents READY after {:.1f} s", "重启的 agent {:.1f} 秒后 READY"),
+    "leases_back_seconds": ("all leases back {:.1f} s after etcd was", "etcd 恢复 {:.1f} 秒后租约全部回归"),
+    "lists": ("{:.0f} lists, each whole", "列表 {:.0f} 次,每次完整"),
+    "list_seconds_before": ("a list took {:.1f} s before", "故障前每次列表 {:.1f} 秒"),
+    "list_seconds_longest": ("{:.1f} s at the most", "最长 {:.1f} 秒"),
+    "renewals": ("{:.0f} renewals each", "各续约 {:.0f} 次"),
+}
+"""What a drill may have measured besides (`Measured.note`)."""
 
 TITLES = {
     "leader-killed": ("leader killed", "杀死 leader"),
@@ -92,7 +106,8 @@ def _conditions() -> dict[str, Any]:
 def render(rows: list[dict[str, Any]], language: str) -> str:
     """The table: one row per drill and version, every number as it was measured."""
     heads, tongue = HEADS[language], ("en", "zh").index(language)
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    lines = [*_caption(rows, tongue), f"| {' | '.join(heads)} |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(heads) - 3) + " --- |")
     for row in rows:
         packets, events, agent = row["packets"], row["events"], row["agent"]
         recover = row["recover_seconds"]
@@ -105,9 +120,38 @@ def render(rows: list[dict[str, Any]], language: str) -> str:
             f"{agent['cpu_percent_before']:.1f} → {agent['cpu_percent']:.1f}",
             f"{agent['rss_before_mb']:.1f} → {agent['rss_after_mb']:.1f}",
             "-" if recover is None else f"{recover:.1f}",
+            f"{row['writer_longest_pause_seconds']:.1f}",
+            ", ".join(words[tongue].format(row[name]) for name, words in NOTES.items() if name in row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _caption(rows: list[dict[str, Any]], tongue: int) -> list[str]:
+    """When and where; nothing if nothing was measured yet."""
+    if not rows:
+        return []
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(row[name]) for row in rows}))
+
+    days = sorted(row["when"][:10] for row in rows)
+    when = days[0] if days[0] == days[-1] else f"{days[0]} – {days[-1]}"
+    kernel, cores, python = all_of("kernel"), all_of("cores"), all_of("python")
+    frozen = {row["agents"] for row in rows} == {"frozen"}
+    return [
+        (
+            f"Measured {when} on Linux {kernel}, {cores} cores for all of it, "
+            + (
+                "agents from the one file."
+                if frozen
+                else f"agents from the source tree with Python {python}."
+            ),
+            f"{when} 实测于 Linux {kernel},全部进程共用 {cores} 核,"
+            + ("agent 为单文件版本。" if frozen else f"agent 从源码目录运行(Python {python})。"),
+        )[tongue],
+        "",
+    ]
 
 
 def renew(document: Path, language: str) -> None:
