@@ -47,8 +47,7 @@ soak-frozen: setup ## Ten minutes of agents from dist/flanctl under traffic: mem
 drills: setup ## etcd members die, hang, lose quorum and data at full length (root, an hour); renews docs/drills.md
 	@scripts/need test
 	@$(PY) -m tests.support.etcd
-	$(PYTEST) tests/drills -m drill $(ARGS)
-	$(PY) -m tests.drills.rows
+	$(PYTEST) tests/drills -m drill $(ARGS); status=$$?; $(PY) -m tests.drills.rows; exit $$status
 
 .PHONY: test-unit
 test-unit: setup ## Unit and property tests only: no root, seconds

@@ -80,14 +80,25 @@ TITLES = {
 
 
 def keep(row: dict[str, Any]) -> None:
-    """Put a row in place of the one that drill and version had."""
-    rows = _read()
-    others = [one for one in rows if (one["drill"], one["etcd"]) != (row["drill"], row["etcd"])]
+    """Put a row where that of the drill and version stood."""
     row = {**row, "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **_conditions()}
     order = list(TITLES)
-    others.append(row)
-    others.sort(key=lambda one: (order.index(one["drill"]), one["etcd"]))
-    FILE.write_text(json.dumps({"schema": 1, "rows": others}, indent=1) + "\n")
+    rows = [*_without(row["drill"], row["etcd"]), row]
+    rows.sort(key=lambda one: (order.index(one["drill"]), one["etcd"]))
+    _write(rows)
+
+
+def drop(drill: str, version: str) -> None:
+    """What was measured once says nothing of a drill that begins anew, and may fail."""
+    _write(_without(drill, version))
+
+
+def _without(drill: str, version: str) -> list[dict[str, Any]]:
+    return [one for one in _read() if (one["drill"], one["etcd"]) != (drill, version)]
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    FILE.write_text(json.dumps({"schema": 1, "rows": rows}, indent=1) + "\n")
 
 
 def _read() -> list[dict[str, Any]]:
