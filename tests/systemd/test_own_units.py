@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from ipaddress import IPv4Address
+import subprocess
+from ipaddress import IPv4Address, ip_interface
 from pathlib import Path
 
 import pytest
 
 from flanctl.demo.hosts import Lab
 from tests.support.deadline import until
+from tests.support.debian_tree import ENVIRONMENT
 from tests.support.systemd_machine import Machine
 from tests.systemd.conftest import CONFIG, NEEDS, NETWORK, PREFIX, etcd, etcdctl
 
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.needs(*NEEDS), pytest.mark.timeout(300)]
 
 PACKAGED = Path("packaging/systemd")
 AGENT, FLANNELD = "flanctl-agent.service", "flanneld.service"
+LEDGER = "/var/lib/flanctl/install/ledger.json"
 SYSCONFIG = f"""FLANNEL_ETCD_ENDPOINTS="http://192.168.6.2:2379"
 FLANNEL_ETCD_PREFIX="{PREFIX}"
 FLANNEL_OPTIONS="--iface=eth0"
@@ -91,11 +94,43 @@ def test_install_and_uninstall_on_a_running_host_leave_it_as_it_was(host):
     assert host.show(FLANNELD, "LoadState") == "not-found"
 
 
+def test_the_one_file_from_a_home_folder_copies_itself_and_uninstall_takes_even_that_away(host):
+    host.ok("mv", "/usr/bin/flanctl", "/root/flanctl")
+    try:
+        host.ok("/root/flanctl", "install", "--as-flanneld", "--yes")
+        host.ok("cmp", "/root/flanctl", "/usr/bin/flanctl")
+        # As the program it is about to remove.
+        host.ok("flanctl", "uninstall", "--yes")
+        assert host.run("ls", "/usr/bin/flanctl", "/usr/bin/flanneld", "/var/lib/flanctl/install").out == ""
+    finally:
+        host.ok("mv", "/root/flanctl", "/usr/bin/flanctl")
+
+
+def test_killed_install_goes_on_and_killed_uninstall_goes_back(host):
+    """The whole program, ended by SIGKILL while it works; the moments one by one: tests/unit/install."""
+    host.write("usr/bin/flanneld", "flannel's own", mode=0o755)
+    for command, words in (("install", ["--as-flanneld"]), ("uninstall", [])):
+        process = subprocess.Popen(
+            host.command("flanctl", command, "--yes", *words), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        )
+        until(
+            lambda process=process: host.run("ls", LEDGER).code == 0 or process.poll() is not None, seconds=30
+        )
+        process.kill()
+        process.wait()
+        host.ok("flanctl", "install", "--as-flanneld", "--yes")
+        assert host.ok("readlink", "/usr/bin/flanneld") == "/usr/bin/flanctl\n"
+    host.ok("flanctl", "uninstall", "--yes")
+    assert host.text("usr/bin/flanneld") == "flannel's own"
+    assert host.run("ls", LEDGER).code != 0
+    host.ok("rm", "/usr/bin/flanneld")
+
+
 def test_the_hardened_agent_is_ready_carries_docker_and_says_so(host, unit):
     assert _active(host, unit)
     assert "subnet=172.17." in host.show(unit, "StatusText")
     status = host.ok("cat", f"/proc/{_pid(host, unit)}/status")
-    assert int(re.search(r"CapBnd:\s*(\w+)", status)[1], 16).bit_count() == 4
+    assert int(re.search(r"CapBnd:\s*(\w+)", status)[1], 16).bit_count() == 6
     assert re.search(r"NoNewPrivs:\s*1", status)
     assert re.search(r"Seccomp:\s*2", status)
     assert "FLANNEL-FWD" in host.ok("iptables-save")
@@ -104,9 +139,8 @@ def test_the_hardened_agent_is_ready_carries_docker_and_says_so(host, unit):
     inside = host.ok("cat", f"/proc/{_pid(host, unit)}/mountinfo")
     assert re.search(r" / / ro[, ]", inside) or re.search(r" / ro,", inside)
     host.ok("systemctl", "start", "docker")
-    address = re.search(r"--bip=(\S+)", host.text("run/flannel/docker"))[1].rstrip('"')
-    assert f"inet {address}" in host.ok("ip", "address", "show", "docker0")
-    assert f"--bip={address}" in host.ok("ps", "-o", "args=", "-p", _pid(host, "docker"))
+    assert f"inet {_bip(host)}" in host.ok("ip", "address", "show", "docker0")
+    assert f"--bip={_bip(host)}" in host.ok("ps", "-o", "args=", "-p", _pid(host, "docker"))
 
 
 def test_a_restart_and_a_crash_of_the_agent_leave_docker_alone(host, unit):
@@ -133,6 +167,44 @@ def test_other_options_restart_docker_once(host, unit):
         assert "docker.service is restarted" in host.journal(unit)
     finally:
         host.host.set_mtu(1500)
+
+
+@ONE
+def test_when_another_host_takes_the_subnet_the_agent_takes_a_new_one_and_docker_moves_along(host, unit):
+    host.ok("systemctl", "start", "docker")
+    docker, lost = _pid(host, "docker"), _bip(host)
+    key = str(ip_interface(lost).network).replace("/", "-")
+    etcdctl(host, "set", "--ttl", "86400", f"{PREFIX}/subnets/{key}", '{"PublicIP":"192.168.6.77"}')
+    until(lambda: _pid(host, "docker") not in {docker, "0"} and _active(host, "docker"), seconds=60)
+    assert "status=8" in host.journal(unit)
+    assert _active(host, unit)
+    assert _bip(host) != lost
+    assert f"--bip={_bip(host)}" in host.ok("ps", "-o", "args=", "-p", _pid(host, "docker"))
+    assert f"inet {_bip(host)}" in host.ok("ip", "address", "show", "docker0")
+
+
+def _bip(machine):
+    """docker0's address as docker is told it."""
+    return re.search(r'BIP="--bip=(\S+)"', machine.text("run/flannel/docker"))[1]
+
+
+@ONE
+@pytest.mark.parametrize("path", ["tc", "tun-plain"])
+def test_the_hardened_agent_has_what_every_data_path_needs(host, unit, path):
+    if path == "tc":
+        # systemd mounts it on a host; in a container there is no folder for it.
+        host.ok(
+            "sh", "-c", "mount -o remount,rw /sys && mkdir -p /sys/fs/bpf && mount -t bpf bpf /sys/fs/bpf"
+        )
+    host.write(f"run/systemd/system/{unit}.d/path.conf", f"[Service]\nEnvironment=FLANCTL_DATA_PATH={path}\n")
+    host.ok("systemctl", "daemon-reload")
+    try:
+        host.ok("systemctl", "restart", unit)
+        shown = host.show(unit, "StatusText")
+        assert f"data-path={'kernel' if path == 'tc' else 'userspace'}" in shown, host.journal(unit)
+    finally:
+        host.ok("rm", "-r", f"/run/systemd/system/{unit}.d")
+        host.ok("systemctl", "daemon-reload")
 
 
 @ONE
