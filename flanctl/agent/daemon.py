@@ -70,6 +70,7 @@ from flanctl.registry.stores.store import Put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from ipaddress import IPv4Address
     from pathlib import Path
 
     from flanctl.agent.backends.base import Backend
@@ -199,6 +200,9 @@ class Agent:
         self._known_is_of_use = True
         self._unsaved = False
         self._saves = Pace(clock, burst=REMEMBER_BURST, seconds=REMEMBER_SECONDS)
+        self._counted: tuple[tuple[Peer, ...] | None, frozenset[IPv4Address] | None, int | None]
+        self._counted = None, None, None
+        """Peers, who announced flanctl, and how many of the peers are among those."""
         self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
         self._accept: DockerAccept
@@ -820,6 +824,7 @@ class Agent:
             accept=accept,
             address_trouble=trouble,
             peers=len(self._peers or ()),
+            flanctl_peers=self._count_flanctl(),
         )
         if self.phase is Phase.READY:
             for sentence in repaired:
@@ -837,6 +842,16 @@ class Agent:
             self._log.warn(trouble, times=count, id="address-gone")
         if self.phase is Phase.LEASED:
             self._get_ready(config, machine, held)
+
+    def _count_flanctl(self) -> int | None:
+        """How many peers run flanctl, by their announcements; None until these were listed. Hashing thousands of
+        addresses takes milliseconds, so they are counted where something changed only.
+        """
+        peers, announced = self._peers, self._hosts.addresses
+        if peers is not self._counted[0] or announced is not self._counted[1]:
+            count = None if announced is None else sum(peer.public_ip in announced for peer in peers or ())
+            self._counted = peers, announced, count
+        return self._counted[2]
 
     def _count_failure(self, error: FlanctlError) -> None:
         """Raise it if its kind has come too often lately."""

@@ -47,7 +47,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
         "counter",
         "Watches that ended by themselves, by reason; one mended inside the client is not seen.",
     ),
-    "flanctl_peers": ("gauge", "Other hosts this one routes to; runs is unknown, for the agent does not ask."),
+    "flanctl_peers": ("gauge", "Other hosts this one routes to, by what they run; unknown until announcements were listed."),
     "flanctl_unreadable_entries": ("gauge", "Keys and values below subnets/ that cannot be understood, by kind."),
     "flanctl_subnets_capacity": ("gauge", "How many subnets the network has."),
     "flanctl_subnets_taken": ("gauge", "How many are taken, by kind."),
@@ -123,7 +123,7 @@ def _families(
         "flanctl_registry_last_success_timestamp_seconds": moment(snapshot.answered),
         "flanctl_watch_last_message_timestamp_seconds": moment(snapshot.watched),
         "flanctl_watch_restarts_total": _tally(meters.restarts, "reason"),
-        "flanctl_peers": [] if snapshot.peers is None else [(_labels(runs="unknown"), snapshot.peers)],
+        "flanctl_peers": _peers(snapshot.peers, snapshot.flanctl_peers),
         "flanctl_unreadable_entries": []
         if taken is None
         else [(_labels(kind="key"), taken.bad_keys), (_labels(kind="value"), taken.bad_values)],
@@ -166,6 +166,18 @@ def _families(
         else [("", float(snapshot.docker_matches))],
         **{name: [("", value)] for name, value in _process().items()},
     }
+
+
+def _peers(peers: int | None, flanctl: int | None) -> list[_Sample]:
+    """A host that announces nothing runs flanneld."""
+    if peers is None:
+        return []
+    known = flanctl is not None
+    counts = {"flanctl": flanctl or 0, "flanneld": peers - flanctl if flanctl is not None else 0}
+    return [
+        *((_labels(runs=runs), count) for runs, count in counts.items()),
+        (_labels(runs="unknown"), 0 if known else peers),
+    ]
 
 
 def _buckets(histogram: Histogram, **labels: str) -> list[_Sample]:

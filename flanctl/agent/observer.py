@@ -172,8 +172,9 @@ class Observer:
         accept: AcceptReport | None,
         address_trouble: str | None,
         peers: int,
+        flanctl_peers: int | None = None,
     ) -> None:
-        """What one look at the kernel found and did, for so many peers.
+        """What one look at the kernel found and did, for so many peers, of which so many run flanctl (None: not known).
 
         `rules`: how many chains are wanted, `accept`: what became of Docker's accept rules; None if nobody looked.
         """
@@ -227,6 +228,7 @@ class Observer:
             place=place,
             objects=tuple((kind, *numbers) for kind, numbers in sorted(objects.items())),
             peers=peers,
+            flanctl_peers=flanctl_peers,
             docker_matches=matches,
             accept=self._accept,
         )

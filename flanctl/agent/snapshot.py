@@ -158,6 +158,8 @@ class Snapshot:
     revision: int | None = None
     peers: int | None = None
     """None until the first complete list has been applied."""
+    flanctl_peers: int | None = None
+    """Those of them that announce that they run flanctl; None until the announcements were listed."""
     taken: Taken | None = None
     objects: tuple[tuple[str, int, int], ...] = ()
     """Kernel objects: kind, how many are wanted, how many of them are missing."""
@@ -302,7 +304,11 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
             "watch_revision": snapshot.revision,
             "watch_seconds_ago": _whole(now.age(snapshot.watched)),
         },
-        "peers": {"count": snapshot.peers, "revision": snapshot.revision},
+        "peers": {
+            "count": snapshot.peers,
+            "flanctl": None if snapshot.peers is None else snapshot.flanctl_peers,
+            "revision": snapshot.revision,
+        },
         "kernel": {
             kind: {"wanted": wanted, "missing": missing} for kind, wanted, missing in snapshot.objects
         },

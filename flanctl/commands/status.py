@@ -249,6 +249,9 @@ def _peers_words(document: Mapping[str, Any]) -> str | None:
     if peers["count"] is None:
         return None
     words = f"{peers['count']} known"
+    if peers["count"] and (flanctl := peers.get("flanctl")) is not None:  # an older agent does not tell
+        rest = peers["count"] - flanctl
+        words += f", {flanctl} flanctl and {rest} flanneld" if rest else ", all flanctl"
     registry = document["registry"]
     if registry["answers"] is False and registry["watch_seconds_ago"] is not None:
         words += f", as of revision {peers['revision']}, {output.age(registry['watch_seconds_ago'])} old"

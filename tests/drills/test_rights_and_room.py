@@ -128,6 +128,7 @@ def test_a_list_of_20000_is_whole_while_the_leader_dies(field: Field) -> None:
                 field.cluster.kill(leader)
                 measured.recovered()
                 lister.one_more()
+                measured.hurt()
                 field.cluster.restart(leader)
                 measured.recovered()
             lister.one_more()

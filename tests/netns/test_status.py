@@ -149,7 +149,8 @@ def test_packets_move_the_counters_and_strangers_are_counted(net: Net) -> None:
     with closing(stranger):
         stranger.sendto(b"\x45" + b"\0" * 40, (str(net.one.host.address), 8285))
         until(lambda: net.one.metric(dropped) == 1)
-    assert net.one.metric('flanctl_peers{runs="unknown"}') == 1
+    until(lambda: net.one.metric('flanctl_peers{runs="flanctl"}') == 1)
+    assert "1 known, all flanctl" in net.one.status()[1]
     until(lambda: "1 dropped in the last" in net.one.status()[1], seconds=30)
 
 

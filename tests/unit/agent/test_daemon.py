@@ -1626,3 +1626,22 @@ def test_a_taken_health_port_is_refused_by_check_and_survived_by_run(house):
             until(lambda: problem_ids(house) == ["healthz-port"])
 
         house.live(script)
+
+
+def test_it_counts_which_peers_run_flanctl(house):
+    for number in (9, 10):
+        house.peer(number)
+    hosts = f"{PREFIX}/flanctl/hosts/"
+    words = b'{"data_path":"userspace","host":"h9","instance":"00ff","version":"0.1.0"}'
+    house.registry.create(f"{hosts}192.168.66.109", words, ttl=None)
+    house.registry.create(f"{hosts}192.168.66.200", words, ttl=None)  # no peer of ours
+
+    def script():
+        house.ready()
+        until(lambda: told(house)["peers"] | {"revision": 0} == {"count": 2, "flanctl": 1, "revision": 0})
+        house.registry.create(f"{hosts}192.168.66.110", words, ttl=None)
+        until(lambda: told(house)["peers"]["flanctl"] == 2)
+        house.registry.delete(f"{hosts}192.168.66.109")
+        until(lambda: (house.clock.advance(5), told(house)["peers"]["flanctl"] == 1)[1])
+
+    house.live(script)

@@ -97,6 +97,16 @@ def test_the_page_does_not_grow_with_peers_and_problems():
     assert len(large.splitlines()) == len(small.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("flanctl", "expected"), [(None, (0, 0, 48)), (0, (0, 48, 0)), (45, (45, 3, 0)), (48, (48, 0, 0))]
+)
+def test_peers_are_told_apart_by_what_they_announce(flanctl, expected):
+    shown = samples(page(replace(FULL, peers=48, flanctl_peers=flanctl)))
+    assert expected == tuple(
+        shown[f'flanctl_peers{{runs="{runs}"}}'] for runs in ("flanctl", "flanneld", "unknown")
+    )
+
+
 def test_histograms_add_up():
     meters = Meters()
     for seconds in (0.001, 0.03, 7.0, 99.0):
