@@ -44,7 +44,10 @@ class Answers:
                 lines = "".join(f"{printable(line)}\n" for line in reasons or ("ready",))
                 return Answer(503 if reasons else 200, lines)
             case "/metrics":
-                text = metrics.render(snapshot, self._observer.meters, self._observer.counters(), now)
+                observer = self._observer
+                text = metrics.render(
+                    snapshot, observer.meters, observer.counters(), now, observer.certificates.ends()
+                )
                 return Answer(200, text, metrics.CONTENT_TYPE)
             case "/status":
                 shown = document(snapshot, self._observer.counters(), now)

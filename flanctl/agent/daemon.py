@@ -18,11 +18,12 @@ import queue
 import secrets
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
 from flanctl.agent.answers import Answers
+from flanctl.agent.certificates import Certificates
 from flanctl.agent.known import Known
 from flanctl.agent.lock import lock, refuse_locked
 from flanctl.agent.log import MINUTE, Repeated
@@ -69,7 +70,7 @@ from flanctl.registry.peers import ConfigSeen, Follower, FollowerReport, PeersCh
 from flanctl.registry.stores.store import Put
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from ipaddress import IPv4Address
     from pathlib import Path
 
@@ -135,6 +136,8 @@ class Options:
     """Address and port for HTTP; None: only the unix socket."""
     docker_accept: bool = True
     """Keep the rules without which Docker 28 and newer drops packets of other hosts."""
+    certificates: Mapping[str, str] = field(default_factory=dict)
+    """The PEM files of our client certificate and CA, by role (metrics.py): when they end is shown."""
 
 
 class _StartOver(Exception):
@@ -178,6 +181,7 @@ class Agent:
         self._observer = Observer(clock, prefix=options.prefix, subnet_file=options.subnet_file)
         store = MeteredStore(store, self._observer.meters, clock)
         self._observer.uses(store)
+        self._observer.certificates = Certificates(options.certificates)
         self._store = store
         self._dialect = dialect
         self._look = look

@@ -8,6 +8,7 @@ nothing grows with the number of peers. Times are timestamps (seconds since 1970
 from __future__ import annotations
 
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from flanctl.agent.snapshot import PROBLEMS, counted, problems
@@ -62,6 +63,10 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "flanctl_tunnel_mtu_bytes": ("gauge", "Bytes an inner packet may have."),
     "flanctl_underlay_mtu_bytes": ("gauge", "The underlay's MTU."),
     "flanctl_docker_bridge_matches": ("gauge", "1 if docker0 has the lease's first address, else 0; absent without a docker0."),
+    "flanctl_certificate_expiry_timestamp_seconds": (
+        "gauge",
+        "When the first certificate ends in the file of --cert (role client) or --cacert (role ca).",
+    ),
     "process_cpu_seconds_total": ("counter", "User and system time of the agent."),
     "process_resident_memory_bytes": ("gauge", "Resident memory of the agent."),
     "process_virtual_memory_bytes": ("gauge", "Virtual memory of the agent."),
@@ -74,10 +79,18 @@ _Sample = tuple[str, float]
 """What follows the metric's name (a histogram's suffix, labels), and the value."""
 
 
-def render(snapshot: Snapshot, meters: Meters, counters: Mapping[str, int], now: Now) -> str:
-    """The whole page. A metric without a value now is left out, its help with it."""
+def render(
+    snapshot: Snapshot,
+    meters: Meters,
+    counters: Mapping[str, int],
+    now: Now,
+    certificates: Mapping[str, float] = MappingProxyType({}),
+) -> str:
+    """The whole page; `certificates` is when they end, by role. A metric without a value now is left out, its help with it."""
     lines: list[str] = []
-    for name, samples in _families(snapshot, meters, counters, now).items():
+    ends = [(_labels(role=role), end) for role, end in certificates.items()]
+    families = _families(snapshot, meters, counters, now)
+    for name, samples in (families | {"flanctl_certificate_expiry_timestamp_seconds": ends}).items():
         kind, text = TABLE[name]
         if samples:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flanctl import __version__
+from flanctl.agent.certificates import Certificates
 from flanctl.agent.meters import Meters
 from flanctl.agent.snapshot import PROBLEMS, HeldLease, Place, Problem, Snapshot, Taken, drops
 from flanctl.errors import FlanctlError, Invalid, NotFound, NotPermitted
@@ -73,6 +74,7 @@ class Observer:
         self._path: Problem | None = None
         self._waits: Problem | None = None
         self._samples: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
+        self.certificates = Certificates({})
         self.port_trouble: str | None = None
         """Why nobody can be answered over TCP; the status API's thread sets it."""
 

@@ -87,6 +87,11 @@ def _options(settings: Settings, prefix: str, *, patient: bool) -> Options:
         patient=patient,
         lease_ttl=settings.seconds("lease_ttl"),
         healthz=_healthz(settings),
+        certificates={
+            role: path
+            for role, name in (("client", "cert"), ("ca", "cacert"))
+            if (path := settings.optional(name)) is not None
+        },
         docker_accept=settings.choice("docker_accept") == "auto",
     )
 

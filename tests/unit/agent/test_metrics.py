@@ -37,7 +37,7 @@ def samples(page):
 
 
 def page(snapshot=FULL, counters=None, meters=None, now=NOW):
-    return render(snapshot, meters or Meters(), counters or {}, now)
+    return render(snapshot, meters or Meters(), counters or {}, now, {"client": 1.8e9, "ca": 1.9e9})
 
 
 def names_in(text):
@@ -105,6 +105,12 @@ def test_peers_are_told_apart_by_what_they_announce(flanctl, expected):
     assert expected == tuple(
         shown[f'flanctl_peers{{runs="{runs}"}}'] for runs in ("flanctl", "flanneld", "unknown")
     )
+
+
+def test_the_ends_of_certificates_are_there_where_there_are_certificates():
+    name = "flanctl_certificate_expiry_timestamp_seconds"
+    assert samples(page())[f'{name}{{role="client"}}'] == 1.8e9
+    assert name not in render(FULL, Meters(), {}, NOW)
 
 
 def test_histograms_add_up():
