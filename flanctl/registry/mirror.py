@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from ipaddress import IPv4Address
 
+    from flanctl.registry.announcements import Announcement
     from flanctl.registry.leases import Leases
     from flanctl.registry.stores.store import Entry, Watch
 
@@ -101,7 +102,7 @@ class Mirror:
         self._config_key = config_key(one.prefix)
         self._in_step: dict[str, _InStep] = {}
         self._revisions = [0, 0]
-        self._announced: list[set[IPv4Address]] = [set(), set()]
+        self._announced: list[dict[IPv4Address, Announcement]] = [{}, {}]
         self._config: tuple[bytes, bytes] | None = None
         self._home: dict[str, int] = {}
         """The side on which a lease's host was last seen to do something."""
@@ -359,8 +360,9 @@ class Mirror:
     def _look_at_announcements(self, entries: Mapping[str, Entry]) -> None:
         """Where a flanctl agent announced itself last, its lease is kept: by keep-alives, which change no key."""
         for number, side in enumerate(self._sides):
-            now = set(announcements(side.store, side.prefix))
-            new, self._announced[number] = now - self._announced[number], now
+            before, now = self._announced[number], announcements(side.store, side.prefix)
+            new = {public_ip for public_ip, words in now.items() if before.get(public_ip) != words}
+            self._announced[number] = now
             for key, entry in entries.items() if new else ():
                 lease = self._sides[number].read(entry)
                 if isinstance(lease, Lease) and lease.attributes.public_ip in new:

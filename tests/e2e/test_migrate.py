@@ -311,6 +311,20 @@ def test_hosts_move_one_by_one_and_no_packet_is_lost(tmp_path: Path) -> None:
                 ping.wait_answers(5)
             assert [ping.lost() for ping in pings] == [0, 0, 0]
 
+            # One goes back to v2, and comes again.
+            agents[1].terminate()
+            back = RunningAgent.start(
+                hosts[1], tmp_path / "h2", "", *flags, name="flanneld", FLANCTL_API="v2"
+            ).wait()
+            assert back.subnet == subnets[1]
+            until(lambda: said().count("1 of 3 leases are kept in v3") == 2, seconds=30, what=said())
+            back.process.send_signal(signal.SIGHUP)
+            back.wait_log("etcd v2 stays in use, not v3: --api v2 asks for it")
+            back.terminate()
+            agents[1] = ours(1)
+            assert agents[1].subnet == subnets[1]
+            until(lambda: said().count("2 of 3 leases are kept in v3") == 2, seconds=30, what=said())
+
             # A new host on v3 alone, and one that stays on v2, hear of each other.
             new = StandIn.start(hosts[3], tmp_path / "h4", endpoints, like="0.28.9").wait()
             subnets.append(new.subnet)
