@@ -264,6 +264,7 @@ def test_systemd_hears_that_the_loop_turns_and_nothing_from_a_frozen_process(tmp
         host = lab.add_host()
         endpoints = f"sqlite:{tmp_path / 'registry.db'}"
         agent = start(host, tmp_path, endpoints, NOTIFY_SOCKET=str(path), WATCHDOG_USEC="600000")
+        assert systemd.recv(4096).startswith(b"STATUS=asking the registry at sqlite:")
         waiting = systemd.recv(4096).decode()
         assert waiting.startswith("STATUS=waiting for /jxdd/network/config (0m): no network config")
         assert "\nEXTEND_TIMEOUT_USEC=65000000" in waiting
