@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from flanctl.install.places import Root
 from flanctl.install.plan import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from flanctl.install.places import State
@@ -56,7 +57,7 @@ def install(as_flanneld: bool, dry_run: bool, yes: bool, folder: str) -> None:
       flanctl install --dry-run --as-flanneld
       flanctl install --as-flanneld && systemctl restart flanneld
     """
-    root = Root(Path(folder))
+    root = _root(folder)
     planned = plan(root, Ledger.read(root), as_flanneld=as_flanneld)
     steps = [step for step in planned.steps if step.needed]
     _show([_row(root, step) for step in steps], changed=not dry_run)
@@ -68,7 +69,7 @@ def install(as_flanneld: bool, dry_run: bool, yes: bool, folder: str) -> None:
     if dry_run:
         return
     _ask(root, f"put these {len(steps)} in place?", yes=yes)
-    with Ledger.opened(root) as ledger:
+    with _not_lost(), Ledger.opened(root) as ledger:
         for step in steps:
             ledger.put(step.place, root.look(step.place), step.wanted)
             _relabel(root, step.place)
@@ -92,7 +93,7 @@ def uninstall(dry_run: bool, yes: bool, folder: str) -> None:
     Example:
       flanctl uninstall && systemctl restart flanneld
     """
-    root = Root(Path(folder))
+    root = _root(folder)
     ledger = Ledger.read(root)
     rows = [_back(root, ledger, place) for place in reversed(ledger.entries)]
     _show(rows, changed=not dry_run)
@@ -102,13 +103,29 @@ def uninstall(dry_run: bool, yes: bool, folder: str) -> None:
     if dry_run:
         return
     _ask(root, f"take these {len(rows)} back?", yes=yes)
-    with Ledger.opened(root) as ledger:
+    with _not_lost(), Ledger.opened(root) as ledger:
         for place in tuple(reversed(ledger.entries)):
             if not ledger.take_back(place):
                 output.warning(f"{root.path(place)} was changed since by somebody else and stays as it is")
             _relabel(root, place)
         ledger.remove_folders()
     _reload_systemd(root)
+
+
+def _root(folder: str) -> Root:
+    if not folder:
+        raise UsageError("--root is empty", hint="--root / means this host; without the option it is meant")
+    return Root(Path(folder))
+
+
+@contextmanager
+def _not_lost() -> Iterator[None]:
+    """Somebody who interrupts must know how it stands."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note("not finished: the same command goes on where it stopped, flanctl uninstall goes back")
+        raise
 
 
 def _row(root: Root, step: Step) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 from ipaddress import IPv4Address, ip_interface
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 
 from flanctl.demo.hosts import Lab
 from tests.support.deadline import until
-from tests.support.debian_tree import ENVIRONMENT
 from tests.support.systemd_machine import Machine
 from tests.systemd.conftest import CONFIG, NEEDS, NETWORK, PREFIX, etcd, etcdctl
 
@@ -106,18 +104,27 @@ def test_the_one_file_from_a_home_folder_copies_itself_and_uninstall_takes_even_
         host.ok("mv", "/root/flanctl", "/usr/bin/flanctl")
 
 
+def test_who_is_not_root_is_told_before_anything_changes(host):
+    before = host.ok("find", "/etc", "/usr/bin", "/var/lib")
+    for command in ("install", "uninstall"):
+        done = host.run(
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "flanctl", command, "--yes"
+        )
+        said = "no right to write in /usr" if command == "install" else "no install is recorded here"
+        assert said in done.err
+        assert done.code == (7 if command == "install" else 0)
+    assert host.ok("find", "/etc", "/usr/bin", "/var/lib") == before
+
+
 def test_killed_install_goes_on_and_killed_uninstall_goes_back(host):
     """The whole program, ended by SIGKILL while it works; the moments one by one: tests/unit/install."""
     host.write("usr/bin/flanneld", "flannel's own", mode=0o755)
-    for command, words in (("install", ["--as-flanneld"]), ("uninstall", [])):
-        process = subprocess.Popen(
-            host.command("flanctl", command, "--yes", *words), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        )
-        until(
-            lambda process=process: host.run("ls", LEDGER).code == 0 or process.poll() is not None, seconds=30
-        )
-        process.kill()
-        process.wait()
+    for command, moment in (
+        ("flanctl install --as-flanneld --yes", f"-e {LEDGER}"),
+        ("flanctl uninstall --yes", f"! -e /etc/systemd/system/{FLANNELD}"),
+    ):
+        script = f"{command} & p=$!; while ! [ {moment} ] && kill -0 $p; do :; done; kill -9 $p; wait $p"
+        host.run("sh", "-c", script)
         host.ok("flanctl", "install", "--as-flanneld", "--yes")
         assert host.ok("readlink", "/usr/bin/flanneld") == "/usr/bin/flanctl\n"
     host.ok("flanctl", "uninstall", "--yes")

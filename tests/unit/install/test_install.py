@@ -441,6 +441,11 @@ def test_whatever_was_there_and_however_often_it_was_killed_uninstall_restores_i
     shutil.rmtree(folder)
 
 
+def test_an_empty_root_is_not_this_folder(tmp_path):
+    done = flanctl("install", "--yes", "--root", "", cwd=tmp_path)
+    assert (done.code, list(tmp_path.iterdir())) == (2, [])
+
+
 def test_a_tree_that_is_none_is_an_error(tmp_path):
     with pytest.raises(Invalid):
         Root(tmp_path / "missing")
