@@ -4,15 +4,31 @@
 //! order as long as loading and storing agree (RFC 1071, section 2 (B)), so nothing here swaps bytes. A piece that
 //! is not the last must have an even length; all our headers are multiples of four.
 
+use crate::sys;
+
 /// An unfolded sum of 16-bit words. Adding two sums is plain addition; 2^32 pieces of 64 KiB would fit.
 pub type Sum = u64;
 
 /// The sum of `bytes`; an odd last byte counts as if a zero byte followed it.
 pub fn sum(bytes: &[u8]) -> Sum {
-    // Four independent lanes of 32-bit words, which LLVM turns into vector instructions: about 20 GB/s without
-    // any `unsafe`, measured against 6 GB/s for the add-with-carry loop flanneld uses.
-    let mut lanes: [u64; 4] = [0; 4];
-    let mut chunks = bytes.chunks_exact(16);
+    // Short pieces are not worth asking what the processor can.
+    if bytes.len() < 256 {
+        lanes(bytes)
+    } else {
+        sys::wide_sum(bytes)
+    }
+}
+
+/// Eight independent lanes of 32-bit words, which LLVM turns into whatever vector instructions it may use where this is
+/// inlined. No `unsafe`, no intrinsics: 20 GB/s with SSE2, 40 with AVX2; flanneld's add-with-carry loop makes 6.
+#[inline(always)]
+#[expect(
+    clippy::inline_always,
+    reason = "it is compiled anew for each set of instructions"
+)]
+pub(crate) fn lanes(bytes: &[u8]) -> Sum {
+    let mut lanes: [u64; 8] = [0; 8];
+    let mut chunks = bytes.chunks_exact(32);
     for chunk in &mut chunks {
         for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(4)) {
             *lane += u64::from(u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));

@@ -9,6 +9,7 @@
 use std::io::IoSlice;
 
 use crate::checksum;
+use crate::group::Flow;
 use crate::packet::{IPV4_HEADER, Ipv4Packet, TCP, UDP};
 use crate::sys::Part;
 use crate::transport::Transport;
@@ -104,8 +105,8 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Flows with an open run, by a hash of their addresses and ports. A collision only ends a run early.
-const SLOTS: usize = 256;
+/// Flows with an open run. Two that share a number only end each other's runs early.
+const SLOTS: usize = Flow::COUNT;
 
 /// Packets of one burst, on their way to the TUN.
 #[derive(Debug)]
@@ -137,7 +138,7 @@ impl Coalescer {
             .ok()
             .and_then(|packet| Some((packet, Transport::of(packet)?)))
         {
-            Some((packet, transport)) => self.open[slot(packet, transport)] = 0,
+            Some((packet, transport)) => self.open[transport.flow(packet).index()] = 0,
             None => self.open = [0; SLOTS],
         }
         self.add(part, header, NO_TRANSPORT, 0, 0);
@@ -152,7 +153,7 @@ impl Coalescer {
             return self.push_alone(buffer, part, Header::default());
         };
         let bytes = packet.bytes();
-        let slot = slot(packet, transport);
+        let slot = transport.flow(packet).index();
         let len = bytes.len() - transport.end;
         let at = usize::from(self.open[slot]);
         if at > 0 && joins(&self.items[at - 1], buffer, bytes) {
@@ -323,22 +324,6 @@ fn ends_run(packet: &[u8], transport: Transport) -> bool {
 
 fn sequence(packet: &[u8]) -> u32 {
     u32::from_be_bytes([packet[24], packet[25], packet[26], packet[27]])
-}
-
-/// Addresses, ports and protocol, mixed by a multiplication.
-fn slot(packet: Ipv4Packet<'_>, transport: Transport) -> usize {
-    let bytes = packet.bytes();
-    let word = |at: usize| {
-        u64::from(u32::from_ne_bytes([
-            bytes[at],
-            bytes[at + 1],
-            bytes[at + 2],
-            bytes[at + 3],
-        ]))
-    };
-    let key =
-        word(12) ^ word(16).rotate_left(16) ^ word(transport.start) << 24 ^ u64::from(transport.protocol);
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as usize
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The TCP or UDP header of an unfragmented packet, and the state of its checksum.
 
 use crate::checksum::{self, Sum};
+use crate::group::Flow;
 use crate::packet::{Ipv4Packet, TCP, UDP};
 
 /// Where things are in a packet. Only made for packets in which they are.
@@ -35,6 +36,21 @@ impl Transport {
             start,
             end: start + length,
         })
+    }
+
+    /// Addresses, ports and protocol, mixed by a multiplication.
+    pub fn flow(self, packet: Ipv4Packet<'_>) -> Flow {
+        let bytes = packet.bytes();
+        let word = |at: usize| {
+            u64::from(u32::from_ne_bytes([
+                bytes[at],
+                bytes[at + 1],
+                bytes[at + 2],
+                bytes[at + 3],
+            ]))
+        };
+        let key = word(12) ^ word(16).rotate_left(16) ^ word(self.start) << 24 ^ u64::from(self.protocol);
+        Flow::of(key.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
     /// Offset of the checksum field inside this header.

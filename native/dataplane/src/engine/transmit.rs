@@ -21,6 +21,7 @@ use crate::packet::Ipv4Packet;
 use crate::routes::Routes;
 use crate::segment::{HEADER_ROOM, Segmenter};
 use crate::sys::{Message, Part, Sender};
+use crate::transport::Transport;
 use crate::virtio::{self, Header, Task};
 
 /// Packets or super-packets per round. A read takes one, so this bounds how long the other direction waits.
@@ -164,13 +165,16 @@ impl Transmit {
         tally: &mut Tally,
     ) -> Result<(), Fatal> {
         self.used = (part.start + part.len).next_multiple_of(64);
+        let flow = Ipv4Packet::parse(part.of(&self.buffer))
+            .ok()
+            .and_then(|packet| Some(Transport::of(packet)?.flow(packet)));
         match task {
-            Task::Nothing => self.post.groups.push(to, &[part]),
+            Task::Nothing => self.post.groups.push(to, flow, part, None),
             Task::Checksum { start, field } => {
                 let packet = &mut self.buffer[part.start..part.start + part.len];
                 let value = virtio::completed(packet, start);
                 checksum::store(packet, field, value);
-                self.post.groups.push(to, &[part]);
+                self.post.groups.push(to, flow, part, None);
             }
             Task::Segment { transport, size } => {
                 let mut segmenter = Segmenter::new(part.of(&self.buffer), part.start, transport, size);
@@ -186,16 +190,11 @@ impl Transmit {
                         break;
                     };
                     self.headers += 1;
-                    self.post.groups.push(
-                        to,
-                        &[
-                            Part {
-                                start: ARENA + start,
-                                len,
-                            },
-                            payload,
-                        ],
-                    );
+                    let header = Part {
+                        start: ARENA + start,
+                        len,
+                    };
+                    self.post.groups.push(to, flow, header, Some(payload));
                 }
             }
         }
@@ -266,6 +265,10 @@ impl Post {
 
     /// Sends everything and forgets it. Whatever goes wrong concerns one message; the others go on.
     fn send(&mut self, buffer: &[u8], underlay: &mut impl Underlay, tally: &mut Tally) -> Result<(), Fatal> {
+        if self.groups.is_empty() {
+            return Ok(());
+        }
+        self.groups.pack();
         let mut refused = Vec::new();
         let taken = self.send_messages(self.groups.messages(), buffer, underlay, tally, &mut refused)?;
         self.grouped |= taken;
@@ -345,6 +348,7 @@ mod tests {
     use std::collections::VecDeque;
 
     use super::*;
+    use crate::group::Flow;
 
     /// Destination and bytes of a packet.
     type Sent = (Ipv4Addr, Vec<u8>);
@@ -400,19 +404,19 @@ mod tests {
         let mut post = Post::new(segments);
         let plan = [A, A, A, B, B, A];
         for (n, to) in plan.into_iter().enumerate() {
-            post.groups.push(
-                to,
-                &[
-                    Part {
-                        start: n * 10,
-                        len: 4,
-                    },
-                    Part {
-                        start: n * 10 + 4,
-                        len: 6,
-                    },
-                ],
+            let (head, payload) = (
+                Part {
+                    start: n * 10,
+                    len: 4,
+                },
+                Part {
+                    start: n * 10 + 4,
+                    len: 6,
+                },
             );
+            // The last could belong to any flow, and so stays the last.
+            let flow = (n < 5).then(|| Flow::of(u64::from(to.to_bits()) << 56));
+            post.groups.push(to, flow, head, Some(payload));
         }
         let wanted = plan
             .into_iter()
@@ -437,7 +441,7 @@ mod tests {
             post.send(&buffer, &mut underlay, &mut tally).unwrap();
             assert_eq!(underlay.sent, wanted);
             assert_eq!((underlay.groups, tally.out_packets, tally.out_bytes), (2, 6, 60));
-            assert!(post.groups.messages().is_empty());
+            assert!(post.groups.is_empty());
         }
     }
 
@@ -455,7 +459,8 @@ mod tests {
 
         underlay = FakeUnderlay::default();
         for _ in 0..3 {
-            post.groups.push(A, &[Part { start: 0, len: 10 }]);
+            post.groups
+                .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
         }
         post.send(&buffer, &mut underlay, &mut tally).unwrap();
         assert_eq!((underlay.groups, underlay.sent.len()), (0, 3));
@@ -474,8 +479,11 @@ mod tests {
             post.send(&buffer, &mut underlay, &mut tally).unwrap();
             assert_eq!(underlay.sent, wanted, "in order");
             assert_eq!((underlay.groups, tally.out_packets), (1, 6));
-            post.groups.push(A, &[Part { start: 0, len: 10 }]);
-            post.groups.push(A, &[Part { start: 0, len: 10 }]);
+            post.groups
+                .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
+            post.groups
+                .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
+            post.groups.pack();
             assert_eq!(post.groups.messages().len(), 1, "groups are still made");
         }
     }
@@ -489,12 +497,17 @@ mod tests {
             ..Default::default()
         };
         for _ in 0..REFUSALS {
-            post.groups.push(A, &[Part { start: 0, len: 10 }]);
-            post.groups.push(A, &[Part { start: 0, len: 10 }]);
+            post.groups
+                .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
+            post.groups
+                .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
             post.send(&buffer, &mut underlay, &mut Tally::default()).unwrap();
         }
-        post.groups.push(A, &[Part { start: 0, len: 10 }]);
-        post.groups.push(A, &[Part { start: 0, len: 10 }]);
+        post.groups
+            .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
+        post.groups
+            .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
+        post.groups.pack();
         assert_eq!(post.groups.messages().len(), 2);
         assert_eq!(underlay.sent.len(), 2 * REFUSALS as usize);
     }
