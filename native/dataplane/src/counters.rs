@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::traffic::Burst;
+
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident => $name:literal,)*) => {
         /// Why a packet went no further.
@@ -55,6 +57,8 @@ pub struct Tally {
     pub in_packets: u64,
     pub in_bytes: u64,
     pub icmp_sent: u64,
+    /// The same by peer.
+    pub peers: Burst,
     drops: [u64; REASONS],
 }
 
@@ -91,14 +95,18 @@ const NAMES: [&str; 5] = ["out_packets", "out_bytes", "in_packets", "in_bytes", 
 pub struct Counters([AtomicU64; NAMES.len() + REASONS]);
 
 impl Counters {
-    /// Adds `tally` and empties it.
+    /// Adds `tally` and empties it, but for what it says of peers.
     pub fn publish(&self, tally: &mut Tally) {
         for (total, value) in self.0.iter().zip(tally.values()) {
             if value != 0 {
                 total.fetch_add(value, Ordering::Relaxed);
             }
         }
-        *tally = Tally::default();
+        let peers = std::mem::take(&mut tally.peers);
+        *tally = Tally {
+            peers,
+            ..Tally::default()
+        };
     }
 
     /// Names and values: traffic first, then `drop_<reason>` for every reason.

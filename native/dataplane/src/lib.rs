@@ -15,7 +15,8 @@
 //! | [`forward`] | the decision, pure: bytes and table in, `Forward`, `Reply` or `Drop(reason)` out |
 //! | [`transport`] | the TCP or UDP header inside, and the state of its checksum |
 //! | [`virtio`], [`segment`], [`coalesce`], [`group`] | what a network card would do: the TUN hands over super-packets (TSO, USO) and takes them, the socket takes groups of datagrams (`UDP_SEGMENT`) and hands them over (`UDP_GRO`) |
-//! | [`counters`] | what happened, by reason |
+//! | [`offload`] | which of that this kernel can, and what was given up and why |
+//! | [`counters`], [`traffic`] | what happened, by reason and by peer |
 //! | [`sys`] | every `unsafe` and every system call std and rustix do not wrap |
 //! | [`engine`] | the loop around it all: bounded bursts, both directions served in turn |
 //!
@@ -28,10 +29,12 @@ pub mod engine;
 pub mod forward;
 pub mod group;
 pub mod icmp;
+pub mod offload;
 pub mod packet;
 pub mod routes;
 pub mod segment;
 pub mod sys;
+pub mod traffic;
 pub mod transport;
 pub mod virtio;
 

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,12 +16,13 @@ use rustix::event::EventfdFlags;
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use crate::coalesce::Kinds;
 use crate::counters::Counters;
 use crate::engine::{Engine, Shared, Tun};
 use crate::forward::{PeerCheck, Rules};
+use crate::offload::{self, Allowed, Level, Offload};
 use crate::routes::{Route, Routes, Subnet};
-use crate::sys::{self, TunOffload};
+use crate::sys;
+use crate::traffic::{Peers, Traffic};
 use crate::virtio;
 
 /// Bytes asked for in each direction of the underlay's socket. With the default buffer, 75,000 retransmissions in
@@ -62,6 +64,8 @@ pub struct Settings {
     /// Where peers listen.
     pub port: u16,
     pub peer_check: PeerCheck,
+    /// What the kernel may be asked to do in bulk.
+    pub offloads: Allowed,
 }
 
 /// One TUN, one socket, one worker. NEW → RUNNING → ENDED; there is no way back.
@@ -113,17 +117,27 @@ impl DataPlane {
             return Err(Error::Invalid("port 0 is where nobody listens".to_owned()));
         }
         let (tun, udp) = (open_tun(tun)?, open_udp(udp)?);
+        let asked = sys::Descriptors {
+            tun: tun.real.then(|| tun.fd.as_fd()),
+            udp: udp.as_fd(),
+        };
+        let found = offload::probe(&asked, tun.headers, settings.offloads)
+            .map_err(|error| Error::Os("tun_fd keeps its offloads".to_owned(), error))?;
+        let tun = if tun.headers {
+            Tun::with_headers(tun.fd, found.kinds)
+        } else {
+            Tun::plain(tun.fd)
+        };
         let rules = Rules {
             own: settings.own,
             mtu: settings.mtu,
             peer_check: settings.peer_check,
             takes_super_packets: tun.kinds().tcp,
         };
-        let segments = sys::udp_segments(udp.as_fd());
         let engine = Engine {
             tun,
             udp,
-            segments,
+            segments: found.segments,
             port: settings.port,
             rules,
         };
@@ -132,6 +146,8 @@ impl DataPlane {
         let shared = Shared {
             routes: ArcSwap::from_pointee(Routes::default()),
             counters: Counters::default(),
+            peers: Peers::default(),
+            levels: found.levels,
             stop: AtomicBool::new(false),
             wake,
         };
@@ -189,12 +205,25 @@ impl DataPlane {
         if **self.shared.routes.load() == routes {
             return Ok(false);
         }
-        self.shared.routes.store(Arc::new(routes));
+        let routes = Arc::new(routes);
+        self.shared.routes.store(Arc::clone(&routes));
+        // A burst under the old table may still add a peer that has left; it goes with the next table.
+        self.shared.peers.retain(|peer| routes.is_peer(peer));
         Ok(true)
     }
 
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// Traffic by peer, of those that had any.
+    pub fn peers(&self) -> Vec<(Ipv4Addr, Traffic)> {
+        self.shared.peers.read()
+    }
+
+    /// What the kernel does in bulk now, and why not.
+    pub fn offload(&self, offload: Offload) -> Level {
+        self.shared.levels.get(offload)
     }
 
     /// Why the worker ended by itself.
@@ -274,7 +303,15 @@ fn wrong(name: &str, text: &str) -> Error {
     Error::Os(format!("{name} {text}"), rustix::io::Errno::INVAL.into())
 }
 
-fn open_tun(fd: BorrowedFd<'_>) -> Result<Tun, Error> {
+/// A duplicate, and what it is.
+struct OpenTun {
+    fd: OwnedFd,
+    /// Not a socketpair.
+    real: bool,
+    headers: bool,
+}
+
+fn open_tun(fd: BorrowedFd<'_>) -> Result<OpenTun, Error> {
     let owned = duplicate(fd, "tun_fd")?;
     let nonblocking = rustix::fs::fcntl_getfl(&owned)
         .and_then(|flags| rustix::fs::fcntl_setfl(&owned, flags | OFlags::NONBLOCK));
@@ -284,11 +321,16 @@ fn open_tun(fd: BorrowedFd<'_>) -> Result<Tun, Error> {
         if !has(libc::IFF_TUN) || !has(libc::IFF_NO_PI) {
             return Err(wrong("tun_fd", "is not a TUN opened with IFF_TUN and IFF_NO_PI"));
         }
-        return if has(libc::IFF_VNET_HDR) {
-            open_offloading_tun(owned)
-        } else {
-            open_plain_tun(owned)
-        };
+        let headers = has(libc::IFF_VNET_HDR);
+        if headers {
+            sys::set_virtio_header_len(fd, virtio::LEN)
+                .map_err(|error| Error::Os("tun_fd takes no virtio headers of 10 bytes".to_owned(), error))?;
+        }
+        return Ok(OpenTun {
+            fd: owned,
+            real: true,
+            headers,
+        });
     }
     let pair = sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
         && matches!(
@@ -296,36 +338,17 @@ fn open_tun(fd: BorrowedFd<'_>) -> Result<Tun, Error> {
             Ok(SocketType::SEQPACKET | SocketType::DGRAM)
         );
     if pair {
-        Ok(Tun::plain(owned))
+        Ok(OpenTun {
+            fd: owned,
+            real: false,
+            headers: false,
+        })
     } else {
         Err(wrong(
             "tun_fd",
             "is neither an attached TUN nor a SEQPACKET or DGRAM socketpair",
         ))
     }
-}
-
-fn open_plain_tun(fd: OwnedFd) -> Result<Tun, Error> {
-    // A persistent device remembers what an earlier agent could do with its packets; without headers we cannot.
-    sys::set_tun_offload(fd.as_fd(), TunOffload::Nothing)
-        .map_err(|error| Error::Os("tun_fd keeps its offloads".to_owned(), error))?;
-    Ok(Tun::plain(fd))
-}
-
-fn open_offloading_tun(fd: OwnedFd) -> Result<Tun, Error> {
-    sys::set_virtio_header_len(fd.as_fd(), virtio::LEN)
-        .map_err(|error| Error::Os("tun_fd takes no virtio headers of 10 bytes".to_owned(), error))?;
-    let kinds = if sys::set_tun_offload(fd.as_fd(), TunOffload::TcpAndUdp).is_ok() {
-        Kinds { tcp: true, udp: true }
-    } else if sys::set_tun_offload(fd.as_fd(), TunOffload::Tcp).is_ok() {
-        Kinds {
-            tcp: true,
-            udp: false,
-        }
-    } else {
-        Kinds::NONE
-    };
-    Ok(Tun::with_headers(fd, kinds))
 }
 
 fn open_udp(fd: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
@@ -342,7 +365,5 @@ fn open_udp(fd: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
         return Err(wrong("udp_fd", "is not bound to a port"));
     }
     sys::grow_buffers(fd, SOCKET_BUFFER);
-    // Without it datagrams come one by one: slower, nothing else.
-    let _ = sys::set_udp_gro(fd);
     Ok(owned)
 }

@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use crate::checksum::{self, Sum};
+use crate::coalesce::Kinds;
+use crate::offload;
 
 /// A piece of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -279,6 +281,31 @@ const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
 const TUN_F_USO4: libc::c_ulong = 0x20;
 const TUN_F_USO6: libc::c_ulong = 0x40;
 
+/// The two descriptors of a data plane, as the probe asks them.
+pub struct Descriptors<'fd> {
+    /// None: a socketpair stands in for the TUN.
+    pub tun: Option<BorrowedFd<'fd>>,
+    pub udp: BorrowedFd<'fd>,
+}
+
+impl offload::System for Descriptors<'_> {
+    fn offload_tun(&self, kinds: Kinds) -> io::Result<()> {
+        self.tun.map_or(Ok(()), |tun| set_tun_offload(tun, kinds))
+    }
+
+    fn segment(&self) -> io::Result<()> {
+        set_option(self.udp, libc::SOL_UDP, libc::UDP_SEGMENT, 0)
+    }
+
+    fn merge(&self, on: bool) -> io::Result<()> {
+        set_option(self.udp, libc::SOL_UDP, libc::UDP_GRO, on.into())
+    }
+
+    fn version(&self) -> (u32, u32) {
+        kernel_version()
+    }
+}
+
 /// What `TUNGETIFF` says about a descriptor: the device's flags, or None if it is not an attached TUN.
 pub fn tun_flags(fd: BorrowedFd<'_>) -> Option<u32> {
     // SAFETY: ifreq is a plain C structure and union of integers and bytes; all zeros is a valid value.
@@ -289,25 +316,16 @@ pub fn tun_flags(fd: BorrowedFd<'_>) -> Option<u32> {
     (status == 0).then(|| u32::from(unsafe { request.ifr_ifru.ifru_flags }.cast_unsigned()))
 }
 
-/// What a TUN may hand over and take unfinished.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TunOffload {
-    /// Everything is finished: for a TUN without `IFF_VNET_HDR`.
-    Nothing,
-    /// Checksums and TCP super-packets.
-    Tcp,
-    /// And UDP super-packets: Linux 6.2, and only for both IP versions at once.
-    TcpAndUdp,
-}
-
-/// Tells the kernel what we can do with packets from this TUN. EINVAL means that it does not know all of it.
-pub fn set_tun_offload(fd: BorrowedFd<'_>, offload: TunOffload) -> io::Result<()> {
-    let tcp = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN;
-    let bits = match offload {
-        TunOffload::Nothing => 0,
-        TunOffload::Tcp => tcp,
-        TunOffload::TcpAndUdp => tcp | TUN_F_USO4 | TUN_F_USO6,
-    };
+/// Tells the kernel which super-packets it may hand over by this TUN, and unfinished checksums if any. EINVAL means that
+/// it does not know all of it. UDP's are Linux 6.2, and only for both IP versions at once.
+fn set_tun_offload(fd: BorrowedFd<'_>, kinds: Kinds) -> io::Result<()> {
+    let mut bits = 0;
+    if kinds.tcp {
+        bits |= TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN;
+    }
+    if kinds.udp {
+        bits |= TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6;
+    }
     // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours.
     let status = unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETOFFLOAD, bits) };
     if status == 0 {
@@ -327,23 +345,6 @@ pub fn set_virtio_header_len(fd: BorrowedFd<'_>, len: usize) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
-}
-
-/// Lets the kernel hand over datagrams of one flow merged (Linux 5.0). False if it cannot.
-pub fn set_udp_gro(socket: BorrowedFd<'_>) -> bool {
-    set_option(socket, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok()
-}
-
-/// How many datagrams the kernel takes in one message (`UDP_SEGMENT`); 1 if it knows nothing of it.
-///
-/// `UDP_MAX_SEGMENTS` is 64, and 128 since Linux 6.9. Kernels before count their own header against the product of
-/// size and limit, so one less is always safe.
-pub fn udp_segments(socket: BorrowedFd<'_>) -> usize {
-    // Zero is the default: "no segmentation unless a message asks for it".
-    if set_option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_err() {
-        return 1;
-    }
-    if kernel_version() >= (6, 9) { 127 } else { 63 }
 }
 
 fn kernel_version() -> (u32, u32) {
@@ -401,6 +402,17 @@ fn sum_with_avx2(bytes: &[u8]) -> Sum {
     checksum::lanes(bytes)
 }
 
+/// Asks for the calling thread to run before ordinary ones. The kernel carries packets in softirqs, before any process; a
+/// machine busy with its containers should not make ours wait for these. Refused without `CAP_SYS_NICE`, which only costs
+/// latency.
+pub fn raise_priority() {
+    // SAFETY: setpriority takes its arguments by value. PRIO_PROCESS with 0 is the calling thread (setpriority(2)).
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+}
+
+/// Far from the most urgent (-20), well before the default.
+const NICE: libc::c_int = -10;
+
 /// Runs `spawn` with every signal blocked, so that the thread it starts never takes one: signals belong to
 /// Python's main thread. The caller's own mask is put back.
 pub fn with_signals_blocked<T>(spawn: impl FnOnce() -> T) -> T {
@@ -423,6 +435,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::offload::System;
 
     #[test]
     fn gathered_messages_arrive_whole_with_their_sender() {
@@ -469,8 +482,9 @@ mod tests {
             UdpSocket::bind("127.0.0.1:0").unwrap(),
         );
         let merging = UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert!(set_udp_gro(merging.as_fd()));
-        assert!(udp_segments(from.as_fd()) >= 63);
+        let asked = |udp| Descriptors { tun: None, udp };
+        asked(merging.as_fd()).merge(true).unwrap();
+        asked(from.as_fd()).segment().unwrap();
         let parts = [Part { start: 0, len: 2 }, Part { start: 2, len: 5 }];
         let group = [Message {
             to: Ipv4Addr::LOCALHOST,

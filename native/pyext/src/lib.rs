@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use dataplane::offload::Offload;
 use dataplane::routes::Route;
 use dataplane::{Error, Settings};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
@@ -55,7 +56,7 @@ struct DataPlane(dataplane::DataPlane);
 #[pymethods]
 impl DataPlane {
     #[new]
-    #[pyo3(signature = (tun_fd, udp_fd, *, mtu, gateway, port, peer_check = "strict"))]
+    #[pyo3(signature = (tun_fd, udp_fd, *, mtu, gateway, port, peer_check = "strict", offloads = "all"))]
     fn new(
         tun_fd: RawFd,
         udp_fd: RawFd,
@@ -63,6 +64,7 @@ impl DataPlane {
         gateway: &str,
         port: i64,
         peer_check: &str,
+        offloads: &str,
     ) -> PyResult<Self> {
         let settings = Settings {
             mtu: narrow(mtu, "mtu")?,
@@ -71,6 +73,7 @@ impl DataPlane {
                 .map_err(|text| PyValueError::new_err(format!("gateway {text}")))?,
             port: narrow(port, "port")?,
             peer_check: peer_check.parse().map_err(PyValueError::new_err::<String>)?,
+            offloads: offloads.parse().map_err(PyValueError::new_err::<String>)?,
         };
         let (tun, udp) = (borrow(tun_fd, "tun_fd")?, borrow(udp_fd, "udp_fd")?);
         dataplane::DataPlane::new(tun, udp, settings)
@@ -96,6 +99,32 @@ impl DataPlane {
             counters.set_item(name, value)?;
         }
         Ok(counters)
+    }
+
+    fn peers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let peers = PyDict::new(py);
+        for (peer, traffic) in self.0.peers() {
+            let heard = traffic.heard.map(|heard| heard.elapsed().as_secs_f64());
+            let counts = (
+                traffic.out_packets,
+                traffic.out_bytes,
+                traffic.in_packets,
+                traffic.in_bytes,
+                traffic.drops,
+                heard,
+            );
+            peers.set_item(peer.to_string(), counts)?;
+        }
+        Ok(peers)
+    }
+
+    fn offloads<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let levels = PyDict::new(py);
+        for offload in Offload::ALL {
+            let level = self.0.offload(offload);
+            levels.set_item(offload.name(), (level.on, level.why))?;
+        }
+        Ok(levels)
     }
 
     fn failure(&self) -> Option<String> {

@@ -11,6 +11,7 @@ mod tun;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -18,7 +19,10 @@ use rustix::io::Errno;
 
 use crate::counters::{Counters, Tally};
 use crate::forward::Rules;
+use crate::offload::{Levels, Offload};
 use crate::routes::Routes;
+use crate::sys;
+use crate::traffic::Peers;
 pub use receive::Receive;
 pub use transmit::{Transmit, Underlay};
 pub use tun::Tun;
@@ -28,6 +32,8 @@ pub use tun::Tun;
 pub struct Shared {
     pub routes: ArcSwap<Routes>,
     pub counters: Counters,
+    pub peers: Peers,
+    pub levels: Levels,
     pub stop: AtomicBool,
     /// An eventfd: written to wake the worker up for `stop`.
     pub wake: OwnedFd,
@@ -56,6 +62,7 @@ impl Engine {
         let mut underlay = transmit::UdpSocket::new(self.udp.as_fd(), self.port);
         let mut tally = Tally::default();
         let mut stalled = false;
+        sys::raise_priority();
         loop {
             let ready =
                 wait(&shared.wake, self.tun.as_fd(), self.udp.as_fd()).map_err(|e| format!("poll: {e}"))?;
@@ -68,14 +75,25 @@ impl Engine {
                 let received = receive
                     .round(&self.udp, &self.tun, &routes, &self.rules, &mut tally)
                     .map_err(|e| e.to_string());
-                let sent = received.and_then(|received| {
+                let both = received.and_then(|received| {
                     let sent = transmit.round(&self.tun, &mut underlay, &routes, &self.rules, &mut tally);
-                    sent.map(|sent| sent || received).map_err(|e| e.to_string())
+                    sent.map(|sent| sent.max(received)).map_err(|e| e.to_string())
                 });
                 shared.counters.publish(&mut tally);
-                let busy = sent?;
-                served |= busy;
-                if !busy || shared.stop.load(Ordering::Acquire) {
+                shared.peers.publish(&mut tally.peers, Instant::now());
+                if let Some(errno) = transmit.given_up() {
+                    shared.levels.off(Offload::Gso, refused(errno));
+                }
+                if receive.given_up() {
+                    for offload in [Offload::Tso, Offload::Uso] {
+                        shared
+                            .levels
+                            .off(offload, "the TUN refused super-packets it should take (EINVAL)");
+                    }
+                }
+                let both = both?;
+                served |= both != Served::Nothing;
+                if both != Served::More || shared.stop.load(Ordering::Acquire) {
                     break;
                 }
             }
@@ -90,6 +108,25 @@ impl Engine {
             stalled = !served && hung_up;
         }
     }
+}
+
+/// What a burst found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Served {
+    Nothing,
+    /// Something, and then nothing more.
+    Drained,
+    /// Something, and there may be more.
+    More,
+}
+
+/// Why the kernel is no longer given groups of packets.
+fn refused(errno: Errno) -> String {
+    let why = match errno {
+        Errno::IO => "the outgoing device computes no checksums, or IPsec covers a route",
+        _ => "no group was ever taken",
+    };
+    format!("{why} ({errno})")
 }
 
 struct Ready {

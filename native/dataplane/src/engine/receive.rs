@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 
 use super::tun::Outlet;
-use super::{Fatal, is_fatal};
+use super::{Fatal, Served, is_fatal};
 use crate::coalesce::{Coalescer, Kinds, Output};
 use crate::counters::{Reason, Tally};
 use crate::forward::{self, Rules};
@@ -32,6 +32,9 @@ pub struct Receive {
     burst: usize,
     coalescer: Coalescer,
     writer: Writer,
+    /// Did the TUN refuse super-packets until we stopped?
+    given_up: bool,
+    stopped: bool,
 }
 
 impl Receive {
@@ -42,10 +45,17 @@ impl Receive {
             burst: BURST,
             coalescer: Coalescer::new(kinds),
             writer: Writer::default(),
+            given_up: false,
+            stopped: false,
         }
     }
 
-    /// One burst. True if there was anything.
+    /// True once, when super-packets have come to be no longer written.
+    pub fn given_up(&mut self) -> bool {
+        std::mem::take(&mut self.given_up)
+    }
+
+    /// One burst.
     pub fn round(
         &mut self,
         udp: &OwnedFd,
@@ -53,14 +63,15 @@ impl Receive {
         routes: &Routes,
         rules: &Rules,
         tally: &mut Tally,
-    ) -> Result<bool, Fatal> {
-        let count = match self.receiver.receive(udp.as_fd(), self.burst) {
+    ) -> Result<Served, Fatal> {
+        let asked = self.burst;
+        let count = match self.receiver.receive(udp.as_fd(), asked) {
             Ok(count) => count,
             Err(error) if is_dead(&error) => {
                 return Err(Fatal::new("the UDP socket failed in receive", &error));
             }
             // Nothing there, or news about an earlier datagram (ECONNREFUSED and the like), which concern no packet.
-            Err(_) => return Ok(false),
+            Err(_) => return Ok(Served::Nothing),
         };
         let buffer = self.receiver.buffer();
         let mut bytes = 0;
@@ -71,19 +82,34 @@ impl Receive {
                 tally.drop(Reason::TooBig);
                 continue;
             }
+            let (mut packets, mut taken, mut refused) = (0, 0, 0);
             for part in datagram.part.pieces(datagram.segment_size) {
                 match forward::from_peer(part.of(buffer), datagram.source, routes, rules) {
-                    Ok(delivery) => match delivery.header() {
-                        None => self.coalescer.push(buffer, part),
-                        Some(header) => self.coalescer.push_alone(buffer, part, header),
-                    },
-                    Err(reason) => tally.drop(reason),
+                    Ok(delivery) => {
+                        packets += 1;
+                        taken += part.len as u64;
+                        match delivery.header() {
+                            None => self.coalescer.push(buffer, part),
+                            Some(header) => self.coalescer.push_alone(buffer, part, header),
+                        }
+                    }
+                    Err(reason) => {
+                        refused += 1;
+                        tally.drop(reason);
+                    }
                 }
+            }
+            if routes.is_peer(datagram.source) {
+                let traffic = tally.peers.of(datagram.source);
+                traffic.in_packets += packets;
+                traffic.in_bytes += taken;
+                traffic.drops += refused;
             }
         }
         self.coalescer
             .drain(buffer, |output| self.writer.write(tun, output, tally))?;
-        if self.writer.refusals >= REFUSALS {
+        if self.writer.refusals >= REFUSALS && !self.stopped {
+            (self.stopped, self.given_up) = (true, true);
             self.coalescer.set_kinds(Kinds::NONE);
         }
         self.burst = if bytes / count > MERGED {
@@ -91,7 +117,11 @@ impl Receive {
         } else {
             BURST
         };
-        Ok(true)
+        Ok(if count == asked {
+            Served::More
+        } else {
+            Served::Drained
+        })
     }
 }
 

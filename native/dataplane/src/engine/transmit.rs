@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::bucket::Bucket;
 use super::receive::is_dead;
 use super::tun::{Outlet, Read};
-use super::{Fatal, Tun};
+use super::{Fatal, Served, Tun};
 use crate::checksum;
 use crate::counters::{Reason, Tally};
 use crate::forward::{self, FromTun, Rules};
@@ -105,7 +105,7 @@ impl Transmit {
         }
     }
 
-    /// One burst. True if there was anything.
+    /// One burst.
     pub fn round(
         &mut self,
         tun: &Tun,
@@ -113,8 +113,8 @@ impl Transmit {
         routes: &Routes,
         rules: &Rules,
         tally: &mut Tally,
-    ) -> Result<bool, Fatal> {
-        let (mut reads, mut bytes) = (0, 0);
+    ) -> Result<Served, Fatal> {
+        let (mut reads, mut bytes, mut drained) = (0, 0, false);
         while reads < BURST && bytes < ROUND_BYTES {
             if self.used > GATHERED {
                 self.flush(underlay, tally)?;
@@ -122,7 +122,10 @@ impl Transmit {
             let at = self.used + tun.header_len();
             let (header, length) = match tun.read(&mut self.buffer[self.used..self.used + LONGEST])? {
                 Read::Packet(header, length) => (header, length),
-                Read::Nothing => break,
+                Read::Nothing => {
+                    drained = true;
+                    break;
+                }
                 Read::Lost => {
                     reads += 1;
                     tally.drop(Reason::TunError);
@@ -152,7 +155,11 @@ impl Transmit {
             }
         }
         self.flush(underlay, tally)?;
-        Ok(reads > 0)
+        Ok(match reads {
+            0 => Served::Nothing,
+            _ if drained => Served::Drained,
+            _ => Served::More,
+        })
     }
 
     /// Does the kernel's unfinished work on the packet at `part` and lines the result up for `to`.
@@ -199,6 +206,11 @@ impl Transmit {
             }
         }
         Ok(())
+    }
+
+    /// Why packets are no longer sent in groups, once, when that has come to be.
+    pub fn given_up(&mut self) -> Option<Errno> {
+        self.post.given_up.take()
     }
 
     fn flush(&mut self, underlay: &mut impl Underlay, tally: &mut Tally) -> Result<(), Fatal> {
@@ -252,6 +264,8 @@ struct Post {
     /// Did the kernel ever take a group, and how many did it refuse?
     grouped: bool,
     refusals: u32,
+    /// Why groups are no longer made.
+    given_up: Option<Errno>,
 }
 
 impl Post {
@@ -260,6 +274,7 @@ impl Post {
             groups: Groups::new(segments),
             grouped: false,
             refusals: 0,
+            given_up: None,
         }
     }
 
@@ -278,6 +293,7 @@ impl Post {
             // change. The others may concern one peer's path, so only a kernel that never took any is given up.
             if errno == Errno::IO || (!self.grouped && self.refusals >= REFUSALS) {
                 self.groups.set_limit(1);
+                self.given_up = Some(errno);
             }
         }
         self.groups.clear();
@@ -305,6 +321,9 @@ impl Post {
                         tally.out_packets += packets as u64;
                         tally.out_bytes += bytes as u64;
                         grouped |= packets > 1;
+                        let traffic = tally.peers.of(message.to);
+                        traffic.out_packets += packets as u64;
+                        traffic.out_bytes += bytes as u64;
                     }
                     rest = &rest[sent..];
                     waited = false;
@@ -327,12 +346,18 @@ impl Post {
                             refused.push(errno);
                             self.send_messages(&self.groups.singly(first), buffer, underlay, tally, refused)?;
                         }
-                        Errno::NOBUFS | Errno::AGAIN => tally.drop_many(Reason::QueueFull, packets as u64),
-                        Errno::MSGSIZE => tally.drop_many(Reason::TooBig, packets as u64),
                         _ if is_dead(&error) => {
                             return Err(Fatal::new("the UDP socket failed in send", &error));
                         }
-                        _ => tally.drop_many(Reason::SendError, packets as u64),
+                        _ => {
+                            let reason = match errno {
+                                Errno::NOBUFS | Errno::AGAIN => Reason::QueueFull,
+                                Errno::MSGSIZE => Reason::TooBig,
+                                _ => Reason::SendError,
+                            };
+                            tally.drop_many(reason, packets as u64);
+                            tally.peers.of(first.to).drops += packets as u64;
+                        }
                     }
                     rest = others;
                 }
