@@ -14,12 +14,21 @@ class DataPlane:
     bytes. `gateway` is our own subnet in interface form, `172.17.41.1/24`: inner destinations outside it are
     refused. `port` is where peers listen. `peer_check` is `strict` (outer source must be the public IP of the
     peer whose subnet holds the inner source), `subnet` (inner source must lie in some peer's subnet) or `off`.
+    `offloads` are what the kernel may be asked to do in bulk: `all`, `none`, or names out of `tso,uso,gso,gro`.
 
     Raises ValueError for a nonsensical argument, OSError when a descriptor is not what it should be.
     """
 
     def __new__(
-        cls, tun_fd: int, udp_fd: int, *, mtu: int, gateway: str, port: int, peer_check: str = "strict"
+        cls,
+        tun_fd: int,
+        udp_fd: int,
+        *,
+        mtu: int,
+        gateway: str,
+        port: int,
+        peer_check: str = "strict",
+        offloads: str = "all",
     ) -> DataPlane: ...
     def start(self) -> None:
         """Start the worker. RuntimeError if it was started before."""
@@ -32,6 +41,14 @@ class DataPlane:
 
     def counters(self) -> dict[str, int]:
         """`out_packets out_bytes in_packets in_bytes icmp_sent` and `drop_<reason>` for every reason, from 0."""
+
+    def peers(self) -> dict[str, tuple[int, int, int, int, int, float | None]]:
+        """By public IP, of those with any traffic: packets and bytes out, packets and bytes in, drops, and how many
+        seconds ago it was last heard of.
+        """
+
+    def offloads(self) -> dict[str, tuple[bool, str]]:
+        """`tso uso gso gro`: whether it is used now, and if not, why."""
 
     def failure(self) -> str | None:
         """Why the worker ended by itself (panic text or fatal errno), or None."""

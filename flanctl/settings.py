@@ -28,13 +28,20 @@ MAX_BYTES = 1 << 20
 SYSCONFIG_FILES = ("/etc/sysconfig/flanneld", "/etc/default/flanneld")
 
 
+OFFLOADS = ("tso", "uso", "gso", "gro")
+"""What the kernel can do for the data plane in bulk (native/dataplane/src/offload.rs)."""
+_CHECKED = frozenset({"address", "choice", "number", "offloads", "path", "seconds", "switch"})
+"""Kinds whose values can be told from nonsense without their user."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One row of the table.
 
     `flanneld` is flannel's flag (its FLANNELD_ variable follows by flannel's rule), `flannel` the variables of the
     CentOS package's flanneld-start, `etcdctl` the variable etcdctl reads. `kind` is text, address (IPv4), path,
-    choice, number, seconds, switch, list (repeated as a flag, comma separated in a variable) or patterns (repeated,
+    choice, offloads (all, none or names with commas), number, seconds, switch, list (repeated as a flag, comma
+    separated in a variable) or patterns (repeated,
     never split at a comma).
     `lowest` and `highest` bound numbers and seconds. The key in the TOML file is `name`, with - or _.
     """
@@ -274,6 +281,13 @@ AGENT = (
         default="tun",
     ),
     Setting(
+        "offloads",
+        "What the kernel may do in bulk in user space's path: all, none, or some of tso, uso, gso, gro.",
+        kind="offloads",
+        default="all",
+        metavar="NAME,…",
+    ),
+    Setting(
         "peer_check",
         "Which senders are believed: strict, subnet or off.",
         kind="choice",
@@ -374,6 +388,13 @@ class Settings:
             raise self._bad(name, "a path")
         return text
 
+    def offloads(self, name: str) -> str:
+        text = self.text(name)
+        words = text.split(",")
+        if text not in {"all", "none"} and (len(set(words)) != len(words) or not {*words} <= {*OFFLOADS}):
+            raise self._bad(name, f"all, none, or some of {', '.join(OFFLOADS)} with commas between them")
+        return text
+
     def address(self, name: str) -> str:
         from ipaddress import AddressValueError, IPv4Address
 
@@ -388,7 +409,7 @@ class Settings:
         row, value = TABLE[name], self.values.get(name)
         if value is None or (not value.text and row.default is None):
             return  # nobody gave it
-        if row.kind in {"address", "choice", "number", "path", "seconds", "switch"}:
+        if row.kind in _CHECKED:
             getattr(self, row.kind)(name)
 
     def shown(self, name: str) -> str | None:

@@ -46,11 +46,24 @@ class Answers:
             case "/metrics":
                 observer = self._observer
                 text = metrics.render(
-                    snapshot, observer.meters, observer.counters(), now, observer.certificates.ends()
+                    snapshot,
+                    observer.meters,
+                    observer.counters(),
+                    now,
+                    observer.certificates.ends(),
+                    peers=observer.peer_traffic(),
+                    offloads=observer.offloads(),
                 )
                 return Answer(200, text, metrics.CONTENT_TYPE)
             case "/status":
-                shown = document(snapshot, self._observer.counters(), now)
+                observer = self._observer
+                shown = document(
+                    snapshot,
+                    observer.counters(),
+                    now,
+                    peers=observer.peer_traffic(),
+                    offloads=observer.offloads(),
+                )
                 return Answer(200, json.dumps(shown, ensure_ascii=False) + "\n", JSON)
             case _:
                 return Answer(404, "there are /healthz /readyz /metrics /status\n")

@@ -34,6 +34,7 @@ class Choice:
     public_ip: str | None = None
     peer_check: str = "strict"
     data_path: str = "tun"
+    offloads: str = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,12 @@ def look(config: NetworkConfig, choice: Choice) -> Machine:
                 "net.ipv4.ip_forward is 0: containers will not be reached; sysctl -w net.ipv4.ip_forward=1"
             )
         backend = UdpBackend(
-            kernel, config, underlay, peer_check=choice.peer_check, data_path=choice.data_path
+            kernel,
+            config,
+            underlay,
+            peer_check=choice.peer_check,
+            data_path=choice.data_path,
+            offloads=choice.offloads,
         )
     except BaseException:
         kernel.close()

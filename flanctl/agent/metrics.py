@@ -11,11 +11,12 @@ import os
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from flanctl.agent.snapshot import PROBLEMS, counted, problems
+from flanctl.agent.snapshot import PROBLEMS, busiest, counted, problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from flanctl.agent.backends.base import PeerTraffic
     from flanctl.agent.meters import Histogram, Meters, Tally
     from flanctl.agent.snapshot import Now, Snapshot
 
@@ -60,6 +61,11 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "flanctl_packets_total": ("counter", "Inner packets carried, by direction and path."),
     "flanctl_bytes_total": ("counter", "Their bytes, by direction and path."),
     "flanctl_dropped_packets_total": ("counter", "Packets refused, by reason and path."),
+    "flanctl_peer_packets_total": ("counter", "Packets carried between us and a peer, by its public IP."),
+    "flanctl_peer_bytes_total": ("counter", "Bytes of them."),
+    "flanctl_peer_dropped_packets_total": ("counter", "Packets not sent to a peer, or refused from it."),
+    "flanctl_peer_heard_timestamp_seconds": ("gauge", "When a packet of a peer was last accepted."),
+    "flanctl_offload": ("gauge", "1 if the kernel does this in bulk for user space's path, else 0."),
     "flanctl_tunnel_mtu_bytes": ("gauge", "Bytes an inner packet may have."),
     "flanctl_underlay_mtu_bytes": ("gauge", "The underlay's MTU."),
     "flanctl_docker_bridge_matches": ("gauge", "1 if docker0 has the lease's first address, else 0; absent without a docker0."),
@@ -85,12 +91,20 @@ def render(
     counters: Mapping[str, int],
     now: Now,
     certificates: Mapping[str, float] = MappingProxyType({}),
+    *,
+    peers: Mapping[str, PeerTraffic] | None = None,
+    offloads: Mapping[str, tuple[bool, str]] | None = None,
 ) -> str:
     """The whole page; `certificates` is when they end, by role. A metric without a value now is left out, its help with it."""
     lines: list[str] = []
-    ends = [(_labels(role=role), end) for role, end in certificates.items()]
-    families = _families(snapshot, meters, counters, now)
-    for name, samples in (families | {"flanctl_certificate_expiry_timestamp_seconds": ends}).items():
+    families = _families(snapshot, meters, counters, now) | _traffic(peers or {}, now)
+    families["flanctl_certificate_expiry_timestamp_seconds"] = [
+        (_labels(role=role), end) for role, end in certificates.items()
+    ]
+    families["flanctl_offload"] = [
+        (_labels(name=name), float(on)) for name, (on, _) in (offloads or {}).items()
+    ]
+    for name, samples in families.items():
         kind, text = TABLE[name]
         if samples:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
@@ -191,6 +205,31 @@ def _peers(peers: int | None, flanctl: int | None) -> list[_Sample]:
         *((_labels(runs=runs), count) for runs, count in counts.items()),
         (_labels(runs="unknown"), 0 if known else peers),
     ]
+
+
+def _traffic(peers: Mapping[str, PeerTraffic], now: Now) -> dict[str, list[_Sample]]:
+    """The busiest, as many as status shows."""
+    shown = busiest(peers)
+    return {
+        "flanctl_peer_packets_total": [
+            (_labels(peer=peer, direction=way), count)
+            for peer, traffic in shown
+            for way, count in (("out", traffic.out_packets), ("in", traffic.in_packets))
+        ],
+        "flanctl_peer_bytes_total": [
+            (_labels(peer=peer, direction=way), count)
+            for peer, traffic in shown
+            for way, count in (("out", traffic.out_bytes), ("in", traffic.in_bytes))
+        ],
+        "flanctl_peer_dropped_packets_total": [
+            (_labels(peer=peer), traffic.drops) for peer, traffic in shown
+        ],
+        "flanctl_peer_heard_timestamp_seconds": [
+            (_labels(peer=peer), round(now.wall - traffic.heard_seconds_ago, 3))
+            for peer, traffic in shown
+            if traffic.heard_seconds_ago is not None
+        ],
+    }
 
 
 def _buckets(histogram: Histogram, **labels: str) -> list[_Sample]:

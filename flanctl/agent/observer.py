@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from flanctl.agent.backends.base import ApplyReport
+    from flanctl.agent.backends.base import ApplyReport, PeerTraffic
     from flanctl.agent.kernel.docker_accept import AcceptReport
     from flanctl.agent.machine import Machine
     from flanctl.clock import Clock
@@ -284,6 +284,14 @@ class Observer:
     def counters(self) -> Mapping[str, int]:
         """The data plane's, as they are now. Any thread."""
         return {} if self._machine is None else self._machine.backend.counters()
+
+    def peer_traffic(self) -> Mapping[str, PeerTraffic]:
+        """By public IP, now. Any thread."""
+        return {} if self._machine is None else self._machine.backend.peers()
+
+    def offloads(self) -> Mapping[str, tuple[bool, str]]:
+        """As the data plane uses them now. Any thread."""
+        return {} if self._machine is None else self._machine.backend.offloads()
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 

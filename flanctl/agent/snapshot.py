@@ -8,6 +8,7 @@ Problem ids are promises, the same in log, status, metrics and later in `doctor`
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from ipaddress import IPv4Address, IPv4Network
 
+    from flanctl.agent.backends.base import PeerTraffic
     from flanctl.agent.kernel.docker_accept import AcceptReport
 
 FAIL, WARN = "fail", "warn"
@@ -245,7 +247,23 @@ def drops(counters: Mapping[str, int]) -> int:
     return sum(count for name, count in counters.items() if name.startswith("drop_"))
 
 
-def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[str, object]:
+MOST_PEERS = 1000
+"""With traffic, shown one by one; of more the busiest, so that the answer stays one that can be read."""
+
+
+def busiest(peers: Mapping[str, PeerTraffic]) -> list[tuple[str, PeerTraffic]]:
+    """By bytes, the most first, `MOST_PEERS` at most."""
+    return heapq.nlargest(MOST_PEERS, peers.items(), key=lambda one: one[1].out_bytes + one[1].in_bytes)
+
+
+def document(
+    snapshot: Snapshot,
+    counters: Mapping[str, int],
+    now: Now,
+    *,
+    peers: Mapping[str, PeerTraffic] | None = None,
+    offloads: Mapping[str, tuple[bool, str]] | None = None,
+) -> dict[str, object]:
     """What `/status` serves: names and units as `operator-ux` 2.1 wants them, unknown is null."""
     found = problems(snapshot, now)
     place, lease = snapshot.place, snapshot.lease
@@ -308,6 +326,14 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
             "count": snapshot.peers,
             "flanctl": None if snapshot.peers is None else snapshot.flanctl_peers,
             "revision": snapshot.revision,
+            "traffic": [
+                {
+                    "public_ip": peer,
+                    **traffic._asdict(),
+                    "heard_seconds_ago": _whole(traffic.heard_seconds_ago),
+                }
+                for peer, traffic in busiest(peers or {})
+            ],
         },
         "kernel": {
             kind: {"wanted": wanted, "missing": missing} for kind, wanted, missing in snapshot.objects
@@ -323,6 +349,7 @@ def document(snapshot: Snapshot, counters: Mapping[str, int], now: Now) -> dict[
             "programs": snapshot.accept.programs,
         },
         "counters": dict(counters),
+        "offloads": {name: {"on": on, "why": why or None} for name, (on, why) in (offloads or {}).items()},
         "dropped_recently": recent,
         "dropped_recently_seconds": None if before is None else _whole(now.age(before[0])),
         "problems": [
@@ -343,7 +370,7 @@ FIELDS = (
     "schema", "host", "version", "pid", "verdict", "state", "state_since", "state_seconds", "started", "as_of",
     "waiting_for", "network", "prefix", "subnet_file", "backend", "data_path", "data_path_why", "device", "mtu", "interface",
     "public_ip", "lease", "registry", "peers", "kernel", "docker_bridge_matches", "docker_accept", "counters",
-    "dropped_recently", "dropped_recently_seconds", "problems", "problems_left_out",
+    "offloads", "dropped_recently", "dropped_recently_seconds", "problems", "problems_left_out",
 )  # fmt: skip
 """The names in a document; without an agent all are null (`flanctl status -w json`)."""
 

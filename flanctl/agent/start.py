@@ -36,6 +36,7 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
         public_ip=settings.optional("public_ip"),
         peer_check=settings.choice("peer_check"),
         data_path=settings.choice("data_path"),
+        offloads=settings.offloads("offloads"),
     )
 
     def say(sentence: str, warning: bool) -> None:

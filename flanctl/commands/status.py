@@ -275,6 +275,11 @@ def _data_words(document: Mapping[str, Any]) -> str | None:
     why = document["data_path_why"]
     if why and not why.startswith("--"):  # a setting is no news to who made it
         words = words.replace(" path;", f" path ({why});", 1)
+    lost = [
+        f"{name} ({level['why']})" for name, level in (document["offloads"] or {}).items() if not level["on"]
+    ]
+    if lost:
+        words += f", without {', '.join(lost)}"
     if (dropped := document["dropped_recently"]) is not None:
         words += f", {_count(dropped)} dropped in the last {output.age(document['dropped_recently_seconds'])}"
     return words

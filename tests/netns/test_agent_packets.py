@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
@@ -419,6 +422,73 @@ def test_a_forged_datagram_does_not_arrive_and_is_counted_under_its_reason(net: 
 
     # The counters are published after the packets of a burst are on their way.
     assert until(moved, what=f"drop-{reason}") == {f"drop-{reason}": 1}
+
+
+FLOOD = 10_000
+
+
+def tcp_rate(net: Net, seconds: int) -> float:
+    """Gbit/s from the second host's container to the first's."""
+    one, two = net.one.container, net.two.container
+    server = one.popen(["iperf3", "-s", "-1", "-B", str(one.address), "--forceflush"], stdout=subprocess.PIPE)
+    while b"listening" not in server.stdout.readline():
+        assert server.poll() is None, "iperf3 -s ended"
+    done = two.run(["iperf3", "-c", str(one.address), "-J", "-t", str(seconds)], timeout=60)
+    server.communicate()
+    return json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"] / 1e9
+
+
+def overflown(host: Host) -> int:
+    """Datagrams that our socket had no room for: the last field of its line (proc_net_udp)."""
+    lines = host.run(["cat", "/proc/net/udp"]).stdout.splitlines()[1:]
+    return sum(int(line.split()[-1]) for line in lines if line.split()[1].endswith(f":{PORT:04X}"))
+
+
+@pytest.mark.needs("iperf3")
+def test_ten_thousand_of_each_forged_kind_at_full_rate_are_counted_and_tcp_keeps_its_rate(net: Net) -> None:
+    """The forger takes processor time from the same machine, so that TCP is given three chances to show its rate."""
+    one = net.one
+    before, lost = one.agent.counters(), overflown(one.host)
+    with (
+        closing(udp(one.container)) as sink,
+        closing(udp(net.stranger)) as far,
+        closing(udp(net.three.host)) as near,
+    ):
+        port = sink.getsockname()[1]
+        for channel in (far, near):
+            channel.connect((str(one.host.address), PORT))
+        kinds = [
+            (far if sender == "stranger" else near, make(net, port)) for sender, make, _ in FORGED.values()
+        ]
+        rates = []
+
+        def forge(share: int) -> None:
+            for channel, packet in kinds:
+                for _ in range(share):
+                    channel.send(packet)
+
+        shares = (3000, 3000, FLOOD - 6000)
+        for share in shares:
+            quiet = tcp_rate(net, 3)
+            forger = threading.Thread(target=forge, args=(share,))
+            forger.start()
+            rates.append(tcp_rate(net, 3) / quiet)
+            forger.join()
+        assert select.select([sink], [], [], 0)[0] == [], "one of them arrived"
+
+    wanted: Counter[str] = Counter()
+    for _, _, reason in FORGED.values():
+        wanted[f"drop-{reason}"] += FLOOD
+
+    def counted() -> dict[str, int]:
+        now = one.agent.counters()
+        return {name: now.get(name, 0) - before.get(name, 0) for name in wanted}
+
+    until(lambda: sum(counted().values()) + overflown(one.host) - lost == sum(wanted.values()), seconds=20)
+    found = counted()
+    assert all(found[name] <= wanted[name] for name in wanted)
+    assert sum(found.values()) > 0.8 * sum(wanted.values()), "most of them were looked at"
+    assert max(rates) >= 0.8, rates
 
 
 # ---- nobody has it --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,6 +49,19 @@ class BackendAttributes:
 
     backend_type: str | None = None
     backend_data: object | None = None
+
+
+class PeerTraffic(NamedTuple):
+    """What passed between us and one peer since the data plane was made."""
+
+    out_packets: int
+    out_bytes: int
+    in_packets: int
+    in_bytes: int
+    drops: int
+    """What was not sent to it, and what it sent that was refused."""
+    heard_seconds_ago: float | None
+    """Since a packet of it was last accepted."""
 
 
 class Backend(Protocol):
@@ -94,6 +107,14 @@ class Backend(Protocol):
 
     def counters(self) -> Mapping[str, int]:
         """Packets and bytes by direction, drops by reason, since start."""
+        ...
+
+    def peers(self) -> Mapping[str, PeerTraffic]:
+        """Traffic by public IP, of peers that had any. Any thread."""
+        ...
+
+    def offloads(self) -> Mapping[str, tuple[bool, str]]:
+        """What the kernel can do in bulk: whether it does, and if not, why. Any thread."""
         ...
 
     def wait(self, seconds: float) -> str | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent.backends import kernel_path
-from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects, PeerTraffic
 from flanctl.agent.backends.kernel_path import KernelSide
 from flanctl.agent.kernel import tun
 from flanctl.agent.kernel.links import Device, ensure_device, open_device, refuse_foreign
@@ -58,12 +58,18 @@ class UdpBackend:
         *,
         peer_check: str = "strict",
         data_path: str = "tun",
+        offloads: str = "all",
     ) -> None:
-        """`data_path`: `tc`, in the kernel or not at all; `auto`, there if it can be; `tun` and `tun-plain`, in user space."""
+        """`data_path`: `tc`, in the kernel or not at all; `auto`, there if it can be; `tun`, in user space. With
+        `tun-plain` the TUN has no virtio headers and nothing is done in bulk: what a 3.10 kernel can run. `offloads` as
+        of `flanctl._native.DataPlane`.
+        """
         self._kernel = kernel
         self._config = config
         self._underlay = underlay
         self._peer_check = peer_check
+        self._plain = data_path == "tun-plain"
+        self._offloads = "none" if self._plain else offloads
         self._routes = Routes(kernel)
         self._socket: socket.socket | None = None
         self._plane: DataPlane | None = None
@@ -143,7 +149,7 @@ class UdpBackend:
         device, subnet = self._device, self._subnet
         if device is None or subnet is None or self._socket is None:
             raise RuntimeError("start follows check")
-        descriptor = open_device(self._kernel, DEVICE, vnet_hdr=True)
+        descriptor = open_device(self._kernel, DEVICE, vnet_hdr=not self._plain)
         try:
             ensure_device(self._kernel, device)
             link = self._kernel.link(DEVICE)
@@ -155,6 +161,7 @@ class UdpBackend:
                 gateway=f"{subnet.network_address + 1}/{subnet.prefixlen}",
                 port=self._config.udp_port,
                 peer_check=self._peer_check,
+                offloads=self._offloads,
             )
         finally:
             os.close(descriptor)
@@ -243,6 +250,13 @@ class UdpBackend:
                 if not name.startswith("pass_"):
                     total[name] = total.get(name, 0) + count
         return total
+
+    def peers(self) -> Mapping[str, PeerTraffic]:
+        found = {} if self._plane is None else self._plane.peers()
+        return {peer: PeerTraffic(*counts) for peer, counts in found.items()}
+
+    def offloads(self) -> Mapping[str, tuple[bool, str]]:
+        return {} if self._plane is None else self._plane.offloads()
 
     def wait(self, seconds: float) -> str | None:
         plane = self._plane

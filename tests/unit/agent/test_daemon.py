@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flanctl.agent import state as state_file
-from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects
+from flanctl.agent.backends.base import ApplyReport, BackendAttributes, Objects, PeerTraffic
 from flanctl.agent.daemon import FAILURES, PEERS_BURST, PEERS_PAUSE, Agent, Options, Phase
 from flanctl.agent.kernel.docker_accept import AcceptReport
 from flanctl.agent.kernel.fake import FakeKernel
@@ -98,6 +98,12 @@ class FakeBackend:
 
     def counters(self) -> dict[str, int]:
         return dict(self.totals)
+
+    def peers(self) -> dict[str, PeerTraffic]:
+        return {}
+
+    def offloads(self) -> dict[str, tuple[bool, str]]:
+        return {}
 
     def wait(self, seconds: float) -> str | None:
         try:

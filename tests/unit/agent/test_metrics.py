@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from flanctl.agent.backends.base import PeerTraffic
 from flanctl.agent.meters import Meters
 from flanctl.agent.metrics import REASONS, TABLE, render
-from flanctl.agent.snapshot import PROBLEMS, Problem, Taken
+from flanctl.agent.snapshot import MOST_PEERS, PROBLEMS, Problem, Taken
 from tests.unit.agent.test_snapshot import NOW, READY, STARTING
 
 FULL = replace(READY, taken=Taken(4, 1, 2, 3), docker_matches=True)
@@ -36,8 +37,16 @@ def samples(page):
     return found
 
 
+PEERS = {
+    "192.168.6.7": PeerTraffic(10, 1000, 20, 2000, 3, 1.5),
+    "192.168.6.8": PeerTraffic(1, 100, 0, 0, 0, None),
+}
+OFFLOADS = {"tso": (True, ""), "gso": (False, "the outgoing device computes no checksums")}
+
+
 def page(snapshot=FULL, counters=None, meters=None, now=NOW):
-    return render(snapshot, meters or Meters(), counters or {}, now, {"client": 1.8e9, "ca": 1.9e9})
+    ends = {"client": 1.8e9, "ca": 1.9e9}
+    return render(snapshot, meters or Meters(), counters or {}, now, ends, peers=PEERS, offloads=OFFLOADS)
 
 
 def names_in(text):
@@ -48,6 +57,31 @@ def test_a_ready_agent_shows_every_metric_there_is():
     """flannel.md 11, row 23: there are none."""
     assert names_in(page()) == set(TABLE)
     samples(page())
+
+
+def test_peers_are_counted_each_and_one_never_heard_of_has_no_time():
+    shown = samples(page())
+    assert shown['flanctl_peer_packets_total{peer="192.168.6.7",direction="in"}'] == 20
+    assert shown['flanctl_peer_bytes_total{peer="192.168.6.8",direction="out"}'] == 100
+    assert shown['flanctl_peer_dropped_packets_total{peer="192.168.6.7"}'] == 3
+    heard = [key for key in shown if key.startswith("flanctl_peer_heard")]
+    assert heard == ['flanctl_peer_heard_timestamp_seconds{peer="192.168.6.7"}']
+    assert shown[heard[0]] == pytest.approx(NOW.wall - 1.5)
+
+
+def test_of_many_peers_the_busiest_are_shown():
+    many = {f"10.1.{n // 250}.{n % 250}": PeerTraffic(1, n, 0, 0, 0, None) for n in range(3 * MOST_PEERS)}
+    text = render(FULL, Meters(), {}, NOW, peers=many)
+    shown = samples(text)
+    least = min(value for key, value in shown.items() if "bytes_total{peer" in key and "out" in key)
+    assert text.count("flanctl_peer_dropped_packets_total{") == MOST_PEERS
+    assert least == 2 * MOST_PEERS
+
+
+def test_each_offload_is_1_or_0():
+    shown = samples(page())
+    assert shown['flanctl_offload{name="tso"}'] == 1
+    assert shown['flanctl_offload{name="gso"}'] == 0
 
 
 def test_a_starting_agent_shows_what_it_knows_and_nothing_made_up():

@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
+from flanctl.agent.backends.base import PeerTraffic
 from flanctl.agent.snapshot import (
     BLOCKING,
     FIELDS,
@@ -58,6 +59,20 @@ def test_a_ready_agent_has_no_problem_and_packets_flow():
 def test_the_document_has_every_field_that_scripts_were_promised():
     for snapshot in (STARTING, READY):
         assert tuple(document(snapshot, {}, NOW)) == FIELDS
+
+
+def test_the_document_shows_traffic_by_peer_and_why_an_offload_is_off():
+    peers = {
+        "192.168.6.7": PeerTraffic(1, 100, 2, 200, 3, 12.6),
+        "192.168.6.8": PeerTraffic(9, 9000, 0, 0, 0, None),
+    }
+    shown = document(READY, {}, NOW, peers=peers, offloads={"tso": (True, ""), "gso": (False, "EIO")})
+    assert [(peer["public_ip"], peer["heard_seconds_ago"]) for peer in shown["peers"]["traffic"]] == [
+        ("192.168.6.8", None),
+        ("192.168.6.7", 12),
+    ]
+    assert shown["peers"]["traffic"][1]["drops"] == 3
+    assert shown["offloads"] == {"tso": {"on": True, "why": None}, "gso": {"on": False, "why": "EIO"}}
 
 
 def test_a_starting_agent_names_everything_that_is_missing():

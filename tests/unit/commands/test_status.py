@@ -67,9 +67,9 @@ class Host:
         self.env = {"FLANCTL_ENDPOINTS": f"sqlite:{folder / 'registry.db'}"}
         self.apis = []
 
-    def agent(self, snapshot):
+    def agent(self, snapshot, **more):
         snapshot = replace(snapshot, subnet_file=str(self.subnet_env))
-        return self.say(json.dumps(document(snapshot, COUNTERS, NOW)))
+        return self.say(json.dumps(document(snapshot, COUNTERS, NOW, **more)))
 
     def say(self, text):
         api = StatusApi(lambda _: Answer(200, text), socket_path=self.folder / "agent.sock")
@@ -126,6 +126,12 @@ def test_the_screen_of_a_ready_host(host):
         "ok    data       userspace path; 1.2M packets out, 1.1M in, 0 dropped in the last 1m",
         "ok    subnet.env 172.17.41.1/24, mtu 1472",
     ]
+
+
+def test_an_offload_that_was_given_up_is_on_the_screen_with_its_reason(host):
+    lost = {"tso": (True, ""), "gso": (False, "IPsec covers a route (EIO)")}
+    answer = host.agent(READY, offloads=lost).status()
+    assert "1.1M in, without gso (IPsec covers a route (EIO)), 0 dropped" in answer.out
 
 
 def test_the_screen_of_an_outage(host):

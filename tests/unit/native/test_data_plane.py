@@ -129,6 +129,39 @@ class TestForwarding:
         assert bench.plane.counters()["in_bytes"] == len(packet)
         assert bench.drops() == {}
 
+    def test_traffic_is_counted_by_peer_and_strangers_are_not_remembered(self, bench: Bench) -> None:
+        assert bench.plane.peers() == {}
+        packet = ipv4("172.17.7.9", "172.17.41.5")
+        for _ in range(3):
+            bench.send("127.0.0.2", packet)
+            bench.kernel.recv(65535)
+        bench.send("127.0.0.2", ipv4("172.17.8.9", "172.17.41.5"))  # another peer's
+        bench.send("127.0.0.9", packet)  # nobody's
+        bench.kernel.send(ipv4("172.17.41.5", "172.17.8.9"))
+        bench.peers["127.0.0.3"].recv(65535)
+        until(lambda: sum(bench.drops().values()) == 2 and "127.0.0.3" in bench.plane.peers())
+        found = bench.plane.peers()
+        assert set(found) == {"127.0.0.2", "127.0.0.3"}
+        *counts, heard = found["127.0.0.2"]
+        assert counts == [0, 0, 3, 3 * len(packet), 1]
+        assert heard is not None and 0 <= heard < 60
+        assert found["127.0.0.3"] == (1, len(packet), 0, 0, 0, None)
+
+    def test_a_peer_that_left_the_table_is_forgotten(self, bench: Bench) -> None:
+        bench.send("127.0.0.2", ipv4("172.17.7.9", "172.17.41.5"))
+        bench.kernel.recv(65535)
+        until(lambda: "127.0.0.2" in bench.plane.peers())
+        bench.plane.replace_routes([])
+        assert bench.plane.peers() == {}
+
+    def test_what_is_not_allowed_is_off_and_says_so(self) -> None:
+        for allowed, on in (("all", {"gso", "gro"}), ("gso", {"gso"}), ("none", set())):
+            bench = make(options={"offloads": allowed})
+            levels = bench.plane.offloads()
+            assert {name for name, (used, _) in levels.items() if used} == on  # a socketpair has no headers
+            assert all(bool(why) != used for used, why in levels.values())
+            close(bench)
+
     def test_any_source_port_is_accepted(self, bench: Bench) -> None:
         with udp_socket("127.0.0.2") as elsewhere:
             elsewhere.sendto(ipv4("172.17.7.9", "172.17.41.5"), bench.udp.getsockname())

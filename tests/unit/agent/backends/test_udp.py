@@ -38,7 +38,12 @@ class Desk:
     """A fake host with its backend, on a UDP port of its own."""
 
     def __init__(
-        self, *, dialect: Dialect = Dialect.V0_28, mtu: int = 1500, address: str = "127.0.0.1"
+        self,
+        *,
+        dialect: Dialect = Dialect.V0_28,
+        mtu: int = 1500,
+        address: str = "127.0.0.1",
+        data_path: str = "tun",
     ) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -50,7 +55,7 @@ class Desk:
         )
         own = IPv4Address(address)
         self.underlay = Underlay(link, own, own, mtu, "chosen by the test", (), ())
-        self.backend = UdpBackend(self.kernel, self.config, self.underlay)
+        self.backend = UdpBackend(self.kernel, self.config, self.underlay, data_path=data_path)
 
     def started(self) -> Desk:
         self.backend.check()
@@ -219,6 +224,15 @@ def test_an_apply_routes_packets_and_a_second_one_has_nothing_to_do(desk: Desk) 
     assert desk.reaches_peer()
     again = desk.backend.apply([PEER])
     assert (again.repaired, again.failed) == ((), ())
+
+
+def test_the_plain_path_opens_a_tun_without_headers_and_uses_no_offload(desks: list[Desk]) -> None:
+    desk = Desk(data_path="tun-plain")
+    desks.append(desk.started())
+    desk.backend.apply([PEER])
+    assert desk.reaches_peer()
+    assert not any(on for on, _ in desk.backend.offloads().values())
+    assert until(desk.backend.peers)["127.0.0.2"].out_packets == 1
 
 
 def test_a_peer_that_left_gets_nothing_more(desk: Desk) -> None:
