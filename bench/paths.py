@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from flanctl.demo.hosts import Container, Host, Lab
 
-FLANCTL: dict[str, tuple[str, ...]] = {"tun": ()}
+FLANCTL: dict[str, tuple[str, ...]] = {"tun": (), "tun-plain": ("--data-path", "tun-plain")}
 """Options of `flanctl agent` by path."""
 NETWORK = "172.17.0.0/16"
 PROGRAMS = File(".cache/bench")
