@@ -54,8 +54,10 @@ test-unit: setup ## Unit and property tests only: no root, seconds
 	$(PYTEST) tests/unit
 
 .PHONY: fuzz
-fuzz: setup ## Hostile keys, values and answers, and the lease model deeper: ten minutes (SECONDS=… for another time)
+fuzz: setup ## Hostile keys, answers and packets, and the lease model deeper: ten minutes each (SECONDS=…)
 	FLANCTL_FUZZ_SECONDS=$(or $(SECONDS),600) $(PY) -m pytest tests/unit -m fuzz --timeout 0 -q
+	cd native && FLANCTL_FUZZ_SECONDS=$(or $(SECONDS),600) FLANCTL_FUZZ_KEEP=1 cargo test --release --quiet --locked \
+		-p dataplane --test fuzz -- --test-threads 1 --nocapture
 	FLANCTL_MODEL_STATES=$(or $(STATES),100000) $(PY) -m pytest tests/unit/registry/test_lease_model.py --timeout 0 -q
 
 .PHONY: setup
