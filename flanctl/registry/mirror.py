@@ -211,6 +211,8 @@ class Mirror:
                 self._bring_together(key, (one.get(key), two.get(key)), timed=timed)
             except (KeyExists, Changed):
                 self._bell.set()  # somebody wrote at the same moment: look again at once
+            except Invalid as error:  # the other side cannot hold it; that hides no other key
+                self._clash(key, error.message)
         self._look_at_announcements(one | two)
         self._count({key for key, entry in (one | two).items() if entry.lease is not None})
 
@@ -258,7 +260,6 @@ class Mirror:
                 f"{leases[0].subnet} is {holders[0]}'s in {self._name(0)} and {holders[1]}'s in {self._name(1)}",
             )
             return
-        self._clashes.pop(key, None)
         before = self._in_step.get(key)
         changed = (
             (before is None or before.revisions[0] != one.revision),
@@ -284,7 +285,6 @@ class Mirror:
         if not isinstance(lease, Lease):
             self._clash(key, f"{key} in {self._name(side)} cannot be read: {lease.message}")
             return
-        self._clashes.pop(key, None)
         other = self._sides[1 - side]
         value = lease.attributes.format(other.dialect)
         entry = self._with_ttl(side, entry)
@@ -313,6 +313,7 @@ class Mirror:
         ends = None if entry.lease is None else self._clock.now() + (entry.ttl or 0.0)
         pair = (entry.revision, other.revision)
         self._in_step[key] = _InStep(pair if side == 0 else (pair[1], pair[0]), ends)
+        self._clashes.pop(key, None)
 
     def _with_ttl(self, side: int, entry: Entry) -> Entry:
         if entry.lease is None or entry.ttl is not None:

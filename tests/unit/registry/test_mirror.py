@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from flanctl.errors import RegistryUnreachable
+from flanctl.errors import Invalid, RegistryUnreachable
 from flanctl.model.dialect import Dialect
+from flanctl.model.lease import Lease
 from flanctl.registry.leases import LEASE_TTL, Leases
 from flanctl.registry.migration import SLACK
 from flanctl.registry.mirror import Answers, Clash, Copied, Mirror, Silent, Where
@@ -248,6 +249,46 @@ def test_it_follows_both_sides_and_survives_an_outage():
         thread.join(10)
     assert not thread.is_alive()
     place.assert_in_step()
+
+
+def test_what_one_side_cannot_hold_is_named_and_hides_no_other(place):
+    place.write(V2, 41)
+    place.write(V2, 42)
+    place.stores[V3].fail("create", Invalid("the store refuses a value of 2 MB"))
+    place.look()
+    assert place.held(V3).keys() == {42}
+    place.stores[V3].fail("create", Invalid("the store refuses a value of 2 MB"))
+    place.look()
+    assert len([one for one in place.reports if isinstance(one, Clash)]) == 1
+    assert place.mirror.clashes == {f"{FOLDER}172.17.41.0-24": "the store refuses a value of 2 MB"}
+    place.look()
+    place.assert_in_step()
+    assert place.mirror.clashes == {}
+
+
+NAMES = st.one_of(st.text(max_size=20), st.from_regex(r"172\.17\.[0-9]{1,3}\.0-2[0-9]", fullmatch=True))
+VALUES = st.one_of(st.binary(max_size=30), st.sampled_from([_value(V2, 9), _value(V3, 9), b"{}", b"[]"]))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([V2, V3]), NAMES, VALUES, st.sampled_from([None, 5000])), max_size=8)
+)
+def test_no_key_or_value_breaks_a_look_or_hides_a_good_lease(writes):
+    place = Place()
+    for side, name, value, ttl in writes:
+        if place.stores[side].get(FOLDER + name) is None:
+            place.stores[side].create(FOLDER + name, value, ttl=ttl)
+    place.write(V2, 250)
+    place.look(timed=True)
+    place.look(timed=True)
+    assert place.stores[V3].get(f"{FOLDER}172.17.250.0-24") is not None
+    # What is on both sides afterwards is a lease on both, of one host, or was there before.
+    before = [{FOLDER + name for where, name, _, _ in writes if where == side} for side in (V2, V3)]
+    for side in (V2, V3):
+        for entry in place.stores[side].list(FOLDER).entries:
+            lease = place.sides[side].read(entry)
+            assert entry.key in before[side] or isinstance(lease, Lease)
 
 
 NUMBERS = st.integers(1, 4)
