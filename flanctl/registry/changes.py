@@ -29,6 +29,9 @@ FIRST_RETRY, LAST_RETRY = 0.1, 5.0
 """Seconds between two tries to reach the registry again."""
 LATE = 1.0
 """Seconds by which what we know of a lease's end may be late: the answer with its TTL was under way."""
+ASK_SHARE, ASK_BURST, ASK_FEW = 0.5, 2.0, 10
+"""Of the reader's time, at most so much goes into questions for TTLs, averaged over so many seconds, so many questions at once.
+Else who reads from a slow member falls ever further behind the changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ class Changes:
         self._fail_on_loss = fail_on_loss
         self._known: dict[str, _Known] = {}
         self._heard = 0.0
+        self._ask_at = 0.0
+        """Before this moment no TTL is asked for."""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._watch: Watch | None = None
@@ -199,12 +204,9 @@ class Changes:
     def _put(self, entry: Entry, *, resync: bool = False) -> Change:
         """A watch tells no TTL, so it is asked for; an event is told without it rather than late."""
         if entry.ttl is None and entry.lease is not None:
-            try:
-                (timed,) = self._leases.timed([entry])
+            for timed in self._ask([entry]):
                 # 0: ended or replaced since; how long it was granted for, nobody can say any more.
                 entry = replace(entry, ttl=timed.ttl or None)
-            except FlanctlError:
-                pass
         before, now = self._known.get(entry.key), self._look_at(entry)
         self._known[entry.key] = now
         was = None if before is None else before.found
@@ -229,12 +231,24 @@ class Changes:
             for known in self._known.values()
             if known.entry.lease is not None and (known.ends is None or known.ends <= now)
         ]
-        try:
-            timed = self._leases.timed(asked)
-        except FlanctlError:
-            return  # the next idle moment asks again; an outage shows itself in the watch
-        for entry in timed:
+        for entry in self._ask(asked):
             self._known[entry.key] = self._look_at(entry)
+
+    def _ask(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Those of them whose TTLs there is time to ask for; the next idle moment asks for the others."""
+        timed: list[Entry] = []
+        for start in range(0, len(entries), ASK_FEW):
+            began = self._clock.now()
+            if began < self._ask_at:
+                break
+            try:
+                timed += self._leases.timed(entries[start : start + ASK_FEW])
+            except FlanctlError:
+                break  # an outage shows itself in the watch
+            finally:
+                took = self._clock.now() - began
+                self._ask_at = max(self._ask_at, began - ASK_BURST) + took / ASK_SHARE
+        return timed
 
     def _come_back(self) -> None:
         """Wait until the registry lists again; whether it still has what it had shows there."""

@@ -385,6 +385,43 @@ def test_a_ttl_nobody_answers_does_not_hold_the_event_back(store, client, tell):
     until(lambda: told.changes._known[key(1)].ends is not None, what="the end is asked for later")
 
 
+def test_a_member_that_answers_slowly_does_not_keep_the_reader_behind_the_changes(clock):
+    """Found by the drill "slow member": 300 ms for each TTL, 33 leases a second, and the last was told minutes late."""
+
+    class Slow:
+        def __init__(self, real):
+            self.real, self.asked = real, 0
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def with_ttl(self, entries):
+            self.asked += len(entries)
+            clock.advance(0.3 * len(entries))
+            return self.real.with_ttl(entries)
+
+    store = MemoryStore(clock)
+    client = Slow(store.another())
+    told = Told(client, clock)
+    try:
+        told.next(Listed)
+        began = clock.now()
+        for third in range(1, 101):
+            put(store, third)
+        changes = [told.next() for _ in range(100)]
+        assert clock.now() - began < 3.0, "the reader's clock went on only by what it asked"
+        assert changes[0].ttl is not None
+        assert changes[-1].ttl is None
+        asked = client.asked
+        assert asked < 10
+        for _ in range(20):  # calm: the ends are learned bit by bit
+            clock.advance(10.0)
+            told.nothing()
+        assert client.asked > asked
+    finally:
+        told.stop()
+
+
 @pytest.mark.parametrize("when", ["watching", "away"])
 def test_stop_ends_it_soon_whatever_it_does(client, clock, tell, when):
     told = tell()
