@@ -183,17 +183,19 @@ class _Reasons:
 
 def lease_problems(leases: Iterable[Lease], config: NetworkConfig) -> Mapping[IPv4Network, tuple[str, ...]]:
     """The problem ids of each lease's subnet, in a fixed order; an empty tuple where all is well."""
-    ordered = [lease for _, lease in _ordered(leases)]
-    hosts = Counter(int(lease.attributes.public_ip) for lease in ordered)
-    overlapping = _overlapping([lease.subnet for lease in ordered])
+    ordered = _ordered(leases)
+    hosts = Counter(int(lease.attributes.public_ip) for _, lease in ordered)
+    subnets = [lease.subnet for _, lease in ordered]
+    overlapping = _overlapping(subnets) if _overlap_somewhere(subnets) else {}
+    fits = _fits(config)
     found: dict[IPv4Network, tuple[str, ...]] = {}
-    for lease in ordered:
-        problems = {
-            "duplicate-ip": hosts[int(lease.attributes.public_ip)] > 1,
-            "overlap": lease.subnet in overlapping,
-            "outside-network": not config.accepts(lease.subnet),
-        }
-        found[lease.subnet] = tuple(id_ for id_, is_so in problems.items() if is_so)
+    for place, lease in ordered:
+        problems = (
+            ("duplicate-ip", hosts[int(lease.attributes.public_ip)] > 1),
+            ("overlap", bool(overlapping) and lease.subnet in overlapping),
+            ("outside-network", not fits(place)),
+        )
+        found[lease.subnet] = tuple([id_ for id_, is_so in problems if is_so])
     return found
 
 
