@@ -73,6 +73,7 @@ def main() -> int:
 
 def measure(folder: Path, rounds: int, seconds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    load = os.getloadavg()[0]  # before we are the load
     with Lab("scale") as lab:
         one, two = lab.add_host(), lab.add_host()
         with registry(lab, folder / "etcd") as etcd:
@@ -107,7 +108,7 @@ def measure(folder: Path, rounds: int, seconds: int) -> dict[str, Any]:
         "conditions": {
             "kernel": platform.release(),
             "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
+            "load_average": load,
             "agents": "frozen" if "FLANCTL_EXE" in os.environ else "venv",
             "etcd": "3.4, one member",
             "seconds": seconds,
@@ -330,7 +331,7 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         (
             f"Measured {result['when']} on Linux {conditions['kernel']}, {conditions['cores']} cores shared by all hosts and "
-            f"etcd ({conditions['etcd']}); flanctl from {conditions['agents']}; load average {conditions['load_average']:.1f}; "
+            f"etcd ({conditions['etcd']}); flanctl from {conditions['agents']}; load average before {conditions['load_average']:.1f}; "
             f"CPU over {conditions['seconds']} s. Medians (lowest to highest)."
         ),
         "",
