@@ -54,6 +54,7 @@ class Site:
     newest: bool
     options: tuple[str, ...] = ()
     """dockerd's, beside those of docker-opts."""
+    firewalld: bool = False
     agents: list[RunningAgent] = field(default_factory=list)
     dockers: list[Dockerd] = field(default_factory=list)
     containers: list[DockerContainer] = field(default_factory=list)
@@ -89,7 +90,9 @@ class Site:
         for agent in self.agents:
             options = agent.folder / "docker"
             flanctl(agent.host, "", "docker-opts", "-f", str(agent.subnet_file), "-d", str(options), *words)
-            docker = self.stack.enter_context(Dockerd(agent.host, options, *self.options, newest=self.newest))
+            docker = self.stack.enter_context(
+                Dockerd(agent.host, options, *self.options, newest=self.newest, firewalld=self.firewalld)
+            )
             self.dockers.append(docker)
         self.containers = [docker.run(WEB, "--publish", "8080:80") for docker in self.dockers]
 
@@ -303,3 +306,25 @@ def test_dockers_nftables_backend_is_opened_by_the_mark_and_two_options(
     b = site.dockers[1].run(WEB)
     until(lambda: answers(site.containers[0], b.address) == 3, what=f"packets after the flush; {two}")
     assert_apart(site)
+
+
+@pytest.mark.needs("dockerd-newest", "firewalld")
+def test_a_reload_of_firewalld_is_mended_at_the_next_look(folder: tuple[ExitStack, Path]) -> None:
+    """The real one: it flushes all, Docker writes its rules again when it hears of that, the agent when it looks."""
+    site = Site.begin(*folder, newest=True, options=("--userland-proxy=false",))
+    site.firewalld = True
+    site.start_agents()
+    site.start_dockers()
+    site.assert_reachable()
+    (a, b), two = site.containers, site.agents[1]
+    for _ in range(2):
+        site.dockers[1].reload_firewalld()
+        # Docker and the agent write at the same time, in whatever order.
+        until(
+            lambda: any(f"-d {b.address}/32 ! -i docker0" in rule for rule in saved(two.host, "raw")),
+            seconds=20,
+        )
+        until(lambda: ours_first(two.host), seconds=20, what=f"ours after the reload; {two}")
+        until(lambda: answers(a, b.address) == 3, seconds=20, what=f"packets after the reload; {two}")
+        assert answers(b, a.address) == 3
+    two.wait_log("repaired: the rule for Docker in chain PREROUTING of table raw was missing, written")

@@ -124,6 +124,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "vxlan": _kernel_link("vxlan"),
     "iptables": _program("iptables", "iptables-save", "iptables-restore"),
     "nft": _program("nft"),
+    "firewalld": _program("firewalld", "firewall-cmd", "dbus-daemon"),
     "iperf3": _program("iperf3"),
     "tcpdump": _program("tcpdump"),
     "ping": _program("ping"),

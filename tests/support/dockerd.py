@@ -49,6 +49,16 @@ if ! [ "$AGAIN" ]; then
     mkdir -p /run/docker /run/containerd
     mount -t tmpfs tmpfs /run/docker
     mount -t tmpfs tmpfs /run/containerd
+    if [ "$FIREWALLD" ]; then
+        mkdir -p /run/dbus /run/firewalld
+        for folder in /run/dbus /run/firewalld /etc/firewalld; do mount -t tmpfs tmpfs $folder; done
+        (cd /etc/firewalld && mkdir helpers icmptypes ipsets policies services zones && echo DefaultZone=public >firewalld.conf)
+        dbus-daemon --system --fork --nopidfile
+        firewalld --nofork --nopid &
+        timeout 20 sh -c 'until firewall-cmd -q --state; do :; done'
+        firewall-cmd -q --permanent --zone=public --add-port=8285/udp
+        firewall-cmd -q --reload
+    fi
 fi
 . "$OPTIONS_FILE"
 exec dockerd $DOCKER_NETWORK_OPTIONS "$@"
@@ -77,8 +87,13 @@ class DockerContainer(Namespace):
 class Dockerd:
     """A daemon and its containers; a context manager that ends both."""
 
-    def __init__(self, host: Host, options_file: Path, *more: str, newest: bool = False) -> None:
-        """Start with the options of `options_file` and `more`, wait until it answers, import the image."""
+    def __init__(
+        self, host: Host, options_file: Path, *more: str, newest: bool = False, firewalld: bool = False
+    ) -> None:
+        """Start with the options of `options_file` and `more`, wait until it answers, import the image.
+
+        With `firewalld` one of the host's own runs beside it, on a bus of theirs; the tunnel's port is open.
+        """
         self.host = host
         self.options_file = options_file
         self._newest = newest
@@ -102,7 +117,8 @@ class Dockerd:
         self._mounts = -1
         """The daemon's mount namespace: its successor must find the containers' where they are."""
         try:
-            self._start("unshare", "--mount", "--propagation", "private")
+            beside = {"FIREWALLD": "yes"} if firewalld else {}
+            self._start("unshare", "--mount", "--propagation", "private", **beside)
             self._mounts = os.open(f"/proc/{self._process.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             self._import_image()
         except BaseException:
@@ -119,6 +135,11 @@ class Dockerd:
                 [*entered, "sh", "-c", _START, "sh", *self._words], env=env, stdout=stream, stderr=stream
             )
         self._wait_ready()
+
+    def reload_firewalld(self) -> None:
+        """`firewall-cmd --reload`: every rule goes, its own and Docker's come back."""
+        mounts = f"--mount=/proc/{os.getpid()}/fd/{self._mounts}"
+        self.host.run(["nsenter", mounts, "firewall-cmd", "--reload"])
 
     def stop(self) -> None:
         """End the daemon, and with it the containers, if it was not started with --live-restore."""
