@@ -161,7 +161,8 @@ def test_where_docker_uses_the_other_variant_of_iptables_ours_go_there() -> None
         report = accept.ensure()
         assert report.programs == "iptables-legacy"
         assert listing("raw", "iptables-legacy") == RAW
-        assert listing("filter", "iptables-legacy") == ["-N DOCKER", *FILTER]
+        jump = "-A FORWARD -j DOCKER-USER"
+        assert listing("filter", "iptables-legacy") == ["-N DOCKER", FILTER[0], jump, FILTER[1]]
         assert tables() == ([], [], [])
         assert accept.ensure().repaired == ()
         accept.remove()

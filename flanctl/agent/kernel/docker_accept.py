@@ -123,8 +123,7 @@ def removal(saved: str, chain: str) -> list[str]:
     """Lines that take ours out of a chain, and the chain with it where nobody else uses DOCKER-USER."""
     _, there = _chain(saved, chain)
     lines = [f"-D{line[2:]}" for words, line in there if COMMENT in words]
-    jumps = any(target_of(words_of(line)) == chain for line in saved.splitlines() if line.startswith("-A"))
-    if lines and len(lines) == len(there) and chain == USER_CHAIN and not jumps:
+    if lines and len(lines) == len(there) and chain == USER_CHAIN and not _jumps(saved, chain):
         lines.append(f"-X {chain}")
     return lines
 
@@ -178,6 +177,11 @@ class DockerAccept:
             if lines:
                 script += [f"*{rule.table}", *lines, "COMMIT"]
                 sentences += found
+        if has_chains and not _jumps(saved["filter"], USER_CHAIN):
+            # dockerd makes chain and jump at each reload of firewalld, and gives up before the jump if we were faster
+            # with the chain. It puts its own in this one's place.
+            script += ["*filter", f"-I FORWARD 1 -j {USER_CHAIN}", "COMMIT"]
+            sentences.append(f"Docker's jump from FORWARD to {USER_CHAIN} was missing, written")
         if script:
             iptables.restore("\n".join(script) + "\n")
         closed = None if has_chains else self._closed()
@@ -277,6 +281,11 @@ def _chain(saved: str, name: str) -> tuple[bool, list[tuple[list[str], str]]]:
         elif words[:2] == ["-A", name]:
             rules.append((words, line))
     return exists, rules
+
+
+def _jumps(saved: str, chain: str) -> bool:
+    """Whether any rule leads to the chain."""
+    return any(target_of(words_of(line)) == chain for line in saved.splitlines() if line.startswith("-A"))
 
 
 def _is_refusal(words: list[str]) -> bool:

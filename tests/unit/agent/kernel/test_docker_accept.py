@@ -116,7 +116,7 @@ def tables(*docker: str) -> dict[str, str]:
     return {
         "raw": saved("raw", [RAW.words], "PREROUTING"),
         "mangle": saved("mangle", [MANGLE.words], "PREROUTING"),
-        "filter": "\n".join([*docker, saved("filter", [FILTER.words], "DOCKER-USER")]),
+        "filter": "\n".join(["*filter", *docker, saved("filter", [FILTER.words], "DOCKER-USER")]),
     }
 
 
@@ -137,7 +137,7 @@ _NFT_CLOSED = 'ip daddr 172.17.81.2 iifname != "docker0" counter drop comment "D
         ((), f"{_NFT_CLOSED}\n{_NFT_OPEN}", True),
         ((), 'counter drop comment "UNPUBLISHED PORT DROP"', True),
         ((), _NFT_OPEN.replace("0x04000000", "0x00000001"), True),
-        (("*filter", ":DOCKER - [0:0]"), _NFT_CLOSED, False),
+        ((":DOCKER - [0:0]", "-A FORWARD -j DOCKER-USER"), _NFT_CLOSED, False),
     ],
     ids=["no nft", "open", "no options", "one of two", "the other", "another mark", "iptables backend"],
 )
@@ -160,6 +160,15 @@ def test_all_is_changed_in_one_restore_that_names_no_chain_of_others() -> None:
         f"*mangle\n-I PREROUTING 1 {MANGLE.words}\nCOMMIT\n"
         f"*filter\n-I DOCKER-USER 1 {FILTER.words}\nCOMMIT\n"
     )
+
+
+def test_dockers_jump_to_our_rule_is_written_where_dockerd_gave_up_on_it() -> None:
+    """Its `iptables -N DOCKER-USER` failed because ours was faster: it stops there, before the jump."""
+    programs = Programs(tables(":DOCKER - [0:0]", "-A FORWARD -j DOCKER-FORWARD"))
+    assert accept(programs).ensure().repaired == (
+        "Docker's jump from FORWARD to DOCKER-USER was missing, written",
+    )
+    assert programs.restored == ["*filter\n-I FORWARD 1 -j DOCKER-USER\nCOMMIT\n"]
 
 
 def test_without_iptables_it_is_said_and_nothing_raised(
