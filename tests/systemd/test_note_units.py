@@ -155,6 +155,25 @@ def test_reload_is_not_in_the_note_s_unit_but_hup_has_the_kernel_compared_at_onc
     assert _pid(unit) == pid
 
 
+def test_while_another_program_has_the_port_it_waits_says_so_and_changes_nothing(unit):
+    """As a flanneld that was started by hand would; its own device apart: tests/netns/test_interop.py."""
+    unit.ok("rm", "-rf", "/run/flannel")
+    unit.run("ip", "link", "delete", "flannel0")
+    holder = ("systemd-socket-activate", "--datagram", "--listen=192.168.6.2:8285", "cat")
+    unit.ok("systemd-run", "--unit=other", *holder)
+    try:
+        until(lambda: ":205D " in unit.ok("cat", "/proc/net/udp"), seconds=20)  # 8285 as the kernel writes it
+        unit.ok("systemctl", "start", "--no-block", "flanneld")
+        until(lambda: "8285" in unit.show("flanneld", "StatusText"), seconds=60)
+        assert _state(unit) == "activating"
+        assert not (unit / "run/flannel/subnet.env").exists()
+        assert unit.run("ip", "link", "show", "flannel0").code != 0
+    finally:
+        unit.ok("systemctl", "stop", "other")
+    until(lambda: _state(unit) == "active", seconds=60)
+    assert unit.text("run/flannel/subnet.env") == SUBNET_ENV
+
+
 @pytest.fixture
 def fresh(tree, tmp_path):
     """A node of a test's own, to be booted again; flanneld and docker enabled, etcd not, starts may take 6 s."""
