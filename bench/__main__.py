@@ -64,11 +64,15 @@ def main() -> int:
         "--paths", default=",".join((*KERNELS, *ways.FLANCTL)), help="with commas; %(default)s"
     )
     parser.add_argument(
+        "--keep", default="", metavar="ROWS", help="not measured, but taken from the last result"
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="with the last committed result; writes nothing"
     )
     chosen = parser.parse_args()
-    rows, wanted = _words(chosen.only) or names, _words(chosen.paths)
-    if unknown := set(rows) - set(names) | set(wanted) - {*KERNELS, *ways.FLANCTL}:
+    kept = _words(chosen.keep)
+    rows, wanted = _words(chosen.only) or [name for name in names if name not in kept], _words(chosen.paths)
+    if unknown := {*rows, *kept} - set(names) | set(wanted) - {*KERNELS, *ways.FLANCTL}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     # The agents are the frozen file's where there is one (`make freeze`), as operators run them.
     if FROZEN.exists():
@@ -83,6 +87,12 @@ def main() -> int:
     if chosen.compare:
         sys.stdout.write(compared(result, *last_committed()))
         return 0
+    _, last = last_committed()
+    for name in kept:
+        result[name] = last[name]
+        result["conditions"].setdefault("kept", {})[name] = (
+            last["conditions"].get("kept", {}).get(name, last["when"])
+        )
     if chosen.only or wanted != [*KERNELS, *ways.FLANCTL]:
         sys.stdout.write(render(result))
         sys.stderr.write("a part of the rows: nothing was written\n")

@@ -5,6 +5,7 @@ machine on two days, may be compared at all.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 from typing import Any
@@ -22,7 +23,7 @@ def last_committed() -> tuple[str, dict[str, Any]]:
         return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
 
     names = git("ls-tree", "--name-only", "HEAD", "bench/results/").split()
-    name = max(one for one in names if one.endswith(".json"))
+    name = max(one for one in names if re.fullmatch(r"bench/results/[0-9-]+\.json", one))
     found: dict[str, Any] = json.loads(git("show", f"HEAD:{name}"))
     return name, found
 

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
     from flanctl.demo.hosts import Container, Host, Lab
 
-FLANCTL: dict[str, tuple[str, ...]] = {"tun": (), "tun-plain": ("--data-path", "tun-plain")}
+FLANCTL: dict[str, tuple[str, ...]] = {
+    "tun": ("--data-path", "tun"),
+    "tun-plain": ("--data-path", "tun-plain"),
+    "tc": ("--data-path", "tc"),
+}
 """Options of `flanctl agent` by path."""
 NETWORK = "172.17.0.0/16"
 PROGRAMS = File(".cache/bench")

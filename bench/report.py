@@ -29,9 +29,11 @@ def render(result: dict[str, Any]) -> str:
     measured = (
         f"Measured {result['when']} on Linux {conditions['kernel']}, {conditions['cores']} cores shared by both hosts and "
         f"all tunnels; {conditions['rounds']} interleaved rounds of {conditions['seconds']:g} s; "
-        f"{conditions['underlay']}. The machine was {conditions['busy_before_percent']} % busy before, "
+        f"{conditions['underlay']}; agents: {conditions['agents']}. The machine was {conditions['busy_before_percent']} % busy before, "
         f"{conditions.get('steal_percent', 0)} % of its time was taken by its host. Medians (lowest to highest)."
     )
+    for name, when in conditions.get("kept", {}).items():
+        measured += f" The row `{name}` was measured {when}."
     lines = [measured, "", *_paths(result["samples"])]
     if "lookup" in result:
         lines += _lookup(result["lookup"])
@@ -44,7 +46,7 @@ def render(result: dict[str, Any]) -> str:
             "| --- | --- |",
             f"| exec to READY, seconds | {_spread(agent['ready_seconds'], 2, 1)} |",
             f"| idle CPU, percent of a core | {agent['idle_cpu_percent']:.2f} |",
-            f"| resident memory, MB (gRPC, {conditions['agents']}) | {agent['resident_mb']:.0f} |",
+            f"| resident memory, MB (gRPC) | {agent['resident_mb']:.0f} |",
             f"| threads | {agent['threads']} |",
             "",
         ]

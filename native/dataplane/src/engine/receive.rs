@@ -192,9 +192,12 @@ pub(super) fn is_dead(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::net::UdpSocket;
 
     use super::*;
+    use crate::forward::PeerCheck;
     use crate::packet::{Ipv4Packet, TCP, UDP};
+    use crate::routes::Route;
     use crate::sys::Part;
     use crate::transport::Transport;
     use crate::transport::tests::{unfinished, valid};
@@ -275,6 +278,51 @@ mod tests {
                 .all(|(header, bytes)| *header == Header::default() && *bytes == packet)
         );
         assert_eq!((tun.written.borrow().len(), writer.refusals), (10, 1));
+    }
+
+    #[test]
+    fn after_three_refusals_none_are_written_any_more_and_that_is_said_once() {
+        let (udp, peer) = (
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+        );
+        let to = udp.local_addr().unwrap();
+        udp.set_nonblocking(true).unwrap();
+        let udp = OwnedFd::from(udp);
+        let route = Route::new([172, 17, 7, 0].into(), 24, [127, 0, 0, 1].into()).unwrap();
+        let routes = Routes::new([route]).unwrap();
+        let rules = Rules {
+            own: "172.17.41.1/24".parse().unwrap(),
+            mtu: 1472,
+            peer_check: PeerCheck::Strict,
+            takes_super_packets: true,
+        };
+        let tun = FakeTun::new(true, |header| {
+            (header != Header::default()).then_some(Errno::INVAL)
+        });
+        let mut receive = Receive::new(ALL);
+        let mut tally = Tally::default();
+        let said: Vec<bool> = (0..5)
+            .map(|_| {
+                for _ in 0..10 {
+                    peer.send_to(&valid(UDP, &[7; 100]), to).unwrap();
+                }
+                assert_eq!(
+                    receive.round(&udp, &tun, &routes, &rules, &mut tally).unwrap(),
+                    Served::Drained
+                );
+                receive.given_up()
+            })
+            .collect();
+        assert_eq!(said, [false, false, true, false, false]);
+        assert_eq!(
+            (tally.in_packets, tun.written.borrow().len()),
+            (50, 50),
+            "none was lost"
+        );
+        assert_eq!(tally.peers.of([127, 0, 0, 1].into()).in_packets, 50);
+        let nothing = receive.round(&udp, &tun, &routes, &rules, &mut tally).unwrap();
+        assert_eq!(nothing, Served::Nothing);
     }
 
     #[test]

@@ -481,6 +481,7 @@ mod tests {
         post.send(&buffer, &mut underlay, &mut tally).unwrap();
         assert_eq!(underlay.sent, wanted, "in order");
         assert_eq!((tally.out_packets, tally.drops(Reason::SendError)), (6, 0));
+        assert_eq!(post.given_up, Some(Errno::IO), "status says why");
 
         underlay = FakeUnderlay::default();
         for _ in 0..3 {
@@ -504,6 +505,7 @@ mod tests {
             post.send(&buffer, &mut underlay, &mut tally).unwrap();
             assert_eq!(underlay.sent, wanted, "in order");
             assert_eq!((underlay.groups, tally.out_packets), (1, 6));
+            assert_eq!(post.given_up, None);
             post.groups
                 .push(A, Some(Flow::of(0)), Part { start: 0, len: 10 }, None);
             post.groups
