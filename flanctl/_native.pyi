@@ -91,10 +91,6 @@ class KernelPath:
     def probe(settings: KernelSettings, peer: str) -> None:
         """Run both programs over a packet to and from `peer` without a network, and compare every byte."""
 
-    @staticmethod
-    def unpin(pins: str) -> None:
-        """Remove the directory and its pins; gone already is fine."""
-
     def taken_over(self) -> bool:
         """Whether the maps are those of an agent before us, with its peers and counters."""
 

@@ -1,4 +1,4 @@
-"""What an agent that has stopped left on its host, and taking it away: rules, devices, files.
+"""What an agent that has stopped left on its host, and taking it away: TC programs, rules, devices, files.
 
     with nobody_runs(run_dir):
         for step in steps(places):
@@ -17,12 +17,14 @@ from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
 
 from flanctl.agent import known, state
+from flanctl.agent.backends import kernel_path
 from flanctl.agent.host import daemons
 from flanctl.agent.kernel.docker_accept import DockerAccept
 from flanctl.agent.kernel.iptables import Iptables
 from flanctl.agent.kernel.links import ALIAS
 from flanctl.agent.kernel.netlink import NetlinkKernel
 from flanctl.agent.kernel.rules import IptablesRules
+from flanctl.agent.kernel.tc import PREFERENCE
 from flanctl.agent.lock import refuse_locked
 from flanctl.errors import Conflict, FlanctlError, NotPermitted
 
@@ -45,7 +47,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing to take away: `rules`, `device` or `file`, and how an administrator would type it, a line each."""
+    """One thing to take away: `program`, `rules`, `device` or `file`, and how an administrator would type it, a line each."""
 
     kind: str
     commands: tuple[str, ...]
@@ -63,7 +65,30 @@ def refuse_running(run_dir: Path) -> None:
 
 def steps(places: Places) -> list[Step]:
     """Everything there is to take away, in order. Only looks. Raises NotPermitted without CAP_NET_ADMIN."""
-    return [*_devices(), *_rules(), *_files(places)]
+    return [*_programs(), *_devices(), *_rules(), *_files(places)]
+
+
+def _programs() -> list[Step]:
+    """The kernel path: TC programs, encapsulation first, then the maps of this network namespace."""
+    kernel = NetlinkKernel()
+    try:
+        commands = [
+            f"tc filter delete dev {link} {direction} pref {PREFERENCE}"
+            for link, direction in kernel_path.attached(kernel)
+        ]
+    finally:
+        kernel.close()
+    steps = [Step("program", tuple(commands), _detach)] if commands else []
+    pins = kernel_path.pinned()
+    return [*steps, *(Step("program", (f"rm -r {path}",), partial(kernel_path.unpin, path)) for path in pins)]
+
+
+def _detach() -> None:
+    kernel = NetlinkKernel()
+    try:
+        kernel_path.detach(kernel, tidy=True)
+    finally:
+        kernel.close()
 
 
 def _devices() -> list[Step]:

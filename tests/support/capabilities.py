@@ -38,6 +38,13 @@ def _tun() -> str | None:
     return None
 
 
+def _bpf() -> str | None:
+    """Whether this kernel takes TC programs from us, and has a file system to pin their maps in."""
+    if why := _root():
+        return why
+    return None if Path("/sys/fs/bpf").is_dir() else "no /sys/fs/bpf"
+
+
 def _program(*names: str) -> Callable[[], str | None]:
     def look() -> str | None:
         missing = [name for name in names if shutil.which(name) is None]
@@ -122,6 +129,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "tun": _tun,
     "vxlan": _kernel_link("vxlan"),
+    "bpf": _bpf,
     "iptables": _program("iptables", "iptables-save", "iptables-restore"),
     "nft": _program("nft"),
     "firewalld": _program("firewalld", "firewall-cmd", "dbus-daemon"),

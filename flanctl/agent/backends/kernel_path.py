@@ -5,7 +5,7 @@
 
 The programs (native/bpf) give whatever they do not want to the user-space path, which always runs; so this one may come
 and go under traffic. It comes when nothing speaks against it and a probe has shown that this kernel does what we think
-it does; any doubt, and it goes, with the reason. `flanctl cleanup` calls `remove`.
+it does; any doubt, and it goes, with the reason. `flanctl cleanup` removes it.
 
 Order (measured without loss): maps, decapsulation on every uplink, encapsulation; and back the other way round. A
 restart finds the filters there, loads its own programs onto the pinned maps and swaps them in place.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent.kernel import bypassed
-from flanctl.agent.kernel.tc import Filters, program_id
+from flanctl.agent.kernel.tc import PREFERENCE, Filters, program_id
 from flanctl.errors import FlanctlError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ MOST_UPLINKS = 8
 FIRST_SAMPLE, SAMPLE = 64, 8
 FOREVER = (1 << 64) - 1
 AGAIN = 60
-"""Looks (one in five seconds) between two at what takes a while: IPsec policies and firewall rules."""
+"""Looks (one in five seconds) between two at the firewall's rules, which takes a while."""
 
 
 class NoKernelPath(Exception):
@@ -81,7 +81,6 @@ class KernelSide:
         self._clean = False
         """Nothing of ours is attached, by us or by an agent before us."""
         self._until_look = 0
-        self._ipsec = False
         self._inert = ""
         self.attached = False
         self.why = "it has not been tried yet"
@@ -147,11 +146,6 @@ class KernelSide:
         except RuntimeError:
             return {}  # the maps are ours as long as we live: this is a kernel that does not let us look any more
 
-    def remove(self) -> None:
-        """Detach and unpin, also what an agent before us left. Raises FlanctlError where the kernel refuses."""
-        self._path, self.attached = None, False
-        remove(self._kernel, self._config.network, device=self._device, bpffs=self._bpffs)
-
     # ---- may it be ------------------------------------------------------------------------------------------------
 
     def _refuse(self) -> None:
@@ -161,10 +155,9 @@ class KernelSide:
         self._until_look -= 1
         if self._until_look < 0:
             self._until_look = AGAIN
-            self._ipsec = bypassed.has_ipsec_policies()
             rules = bypassed.rules_on_port(self._config.udp_port)
             self._inert = "; ".join(f'"{rule}"' for rule in rules)
-        if self._ipsec:
+        if bypassed.has_ipsec_policies():
             raise NoKernelPath("this host has IPsec policies, which packets in the kernel path would pass by")
 
     def _find_uplinks(self, peers: Sequence[Peer]) -> tuple[Link, ...]:
@@ -225,6 +218,8 @@ class KernelSide:
             )
         except (NoKernelPath, RuntimeError) as error:
             self._hopeless = str(error)
+            if "Operation not permitted" in self._hopeless:
+                self._hopeless += "; it takes CAP_BPF beside CAP_NET_ADMIN"
             raise NoKernelPath(self._hopeless) from None
         encap, decap = path.programs()
         self._remembered = frozenset(map(IPv4Address, path.direct_peers()))
@@ -295,7 +290,7 @@ class KernelSide:
         try:
             if self._path is not None:
                 self._path.disable()
-            detach(self._kernel, self._device)
+            detach(self._kernel)
             self._clean = True
         except (FlanctlError, RuntimeError):
             return  # tried again at the next look; disabled, or past the lease's end, the programs pass everything
@@ -306,29 +301,48 @@ def pins_of(network: IPv4Network, bpffs: Path = BPFFS) -> Path:
 
     The file system takes no dots in names (kernel/bpf/inode.c, bpf_lookup).
     """
-    namespace = Path("/proc/thread-self/ns/net").stat().st_ino
-    return bpffs / "flanctl" / f"{namespace}-{str(network).replace('.', '_').replace('/', '-')}"
+    return bpffs / "flanctl" / f"{_namespace()}-{str(network).replace('.', '_').replace('/', '-')}"
 
 
-def detach(kernel: Kernel, device: str) -> None:
-    """Take our programs off every link, encapsulation first. None there is fine."""
-    filters = Filters(kernel)
-    links = kernel.links()
-    for link in links:
-        if link.name == device:
-            filters.detach(link.index, "egress", ENCAP)
-    for link in links:
-        if filters.detach(link.index, "ingress", DECAP):
-            filters.tidy(link.index)
+def attached(kernel: Kernel) -> list[tuple[str, str]]:
+    """Where our programs hang, by link and direction: encapsulation first, in the order in which they are to go."""
+    filters, links = Filters(kernel), kernel.links()
+    places = (("egress", ENCAP), ("ingress", DECAP))
+    return [
+        (link.name, direction)
+        for direction, name in places
+        for link in links
+        if any(
+            found.name == name and found.preference == PREFERENCE
+            for found in filters.list(link.index, direction)
+        )
+    ]
 
 
-def remove(kernel: Kernel, network: IPv4Network, *, device: str, bpffs: Path = BPFFS) -> None:
-    """Programs and pins of a network, in this namespace: for `flanctl cleanup`, and where the path is not wanted any more.
+def detach(kernel: Kernel, *, tidy: bool = False) -> None:
+    """Take our programs off every link. None there is fine. Raises FlanctlError where the kernel refuses.
 
-    The programs go first, so that no agent finds pins without them. Raises FlanctlError where the kernel refuses.
+    `tidy`: and a clsact that holds nothing any more. Adding and removing one stops the link's queue for a moment, in which
+    packets are lost (measured; net/sched/sch_api.c, qdisc_graft), so where packets flow it stays.
     """
-    detach(kernel, device)
-    pins = pins_of(network, bpffs)
+    filters = Filters(kernel)
+    by_name = {link.name: link.index for link in kernel.links()}
+    for name, direction in attached(kernel):
+        filters.detach(by_name[name], direction, ENCAP if direction == "egress" else DECAP)
+        if tidy:
+            filters.tidy(by_name[name])
+
+
+def pinned(bpffs: Path = BPFFS) -> list[Path]:
+    """Directories with maps that agents of this network namespace have pinned, whatever their networks."""
+    try:
+        return sorted((bpffs / "flanctl").glob(f"{_namespace()}-*"))
+    except OSError:
+        return []
+
+
+def unpin(pins: Path) -> None:
+    """Remove a directory of pinned maps; gone already is fine. Raises FlanctlError."""
     try:
         if pins.is_dir():
             for pin in pins.iterdir():
@@ -336,6 +350,17 @@ def remove(kernel: Kernel, network: IPv4Network, *, device: str, bpffs: Path = B
             pins.rmdir()
     except OSError as error:
         raise FlanctlError(f"cannot remove {pins}: {error.strerror}") from None
+
+
+def remove(kernel: Kernel) -> None:
+    """Programs, then pins, so that no agent finds pins without programs: where the path is not wanted any more."""
+    detach(kernel)
+    for pins in pinned():
+        unpin(pins)
+
+
+def _namespace() -> int:
+    return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
 def _is_bpffs(path: Path) -> bool:

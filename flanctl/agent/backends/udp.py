@@ -136,8 +136,6 @@ class UdpBackend:
         prefix = self._config.network.prefixlen if self._config.dialect is Dialect.V0_7 else 32
         self._device = Device(DEVICE, mtu=self.mtu, address=IPv4Interface(f"{base}/{prefix}"))
         self._open()
-        if self._side is None:
-            kernel_path.remove(self._kernel, self._config.network, device=DEVICE)
 
     def told(self, *, lease_ends: float | None, flanctl: frozenset[IPv4Address] | None) -> None:
         self._lease_ends, self._flanctl = lease_ends, flanctl
@@ -217,6 +215,11 @@ class UdpBackend:
         """The kernel path. Raises FlanctlError where it is wanted at any price and cannot be had from the start."""
         side, subnet = self._side, self._subnet
         if side is None or subnet is None:
+            if not self._said and link.running:
+                # What an agent before us attached carries packets until now, when this one has peers to send to and its
+                # device's queue is open.
+                kernel_path.remove(self._kernel)
+                self._said = self.data_path_why
             return ()
         repaired = side.apply(subnet, peers, flanctl=self._flanctl, until=self._lease_ends, device=link)
         if self._wanted == "tc" and not side.attached and not self._said:

@@ -23,7 +23,7 @@ NETLINK_XFRM = 6
 XFRM_MSG_NEWSPDINFO, XFRM_MSG_GETSPDINFO, XFRMA_SPD_INFO = 0x24, 0x25, 1
 NLM_F_REQUEST = 1
 _HEADER = struct.Struct("=IHHII")
-_PORTS = re.compile(r"\b(?:dport|sport|--dports?|--sports?|--ports)\s+(?:!=\s+)?(\{[^}]*\}|[\d,:-]+)")
+_PORTS = re.compile(r"(?:\bdports?|\bsports?|--ports)\s+(?:!=\s+)?(\{[^}]*\}|[\d,:-]+)")
 _SECONDS = 5.0
 SHOWN = 3
 

@@ -36,6 +36,8 @@ class Link:
     """False: no cable, or a TUN that no process holds."""
     loopback: bool = False
     queue_length: int = 1000
+    running: bool = True
+    """Its queue takes packets: up to a second after the carrier came (the kernel's linkwatch)."""
     ethernet: bool = True
     """Its frames have an Ethernet header (ARPHRD_ETHER): also a VLAN, a bond, a bridge; not a TUN or a WireGuard link."""
 

@@ -69,7 +69,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
-IFF_UP, IFF_LOOPBACK = 0x1, 0x8
+IFF_UP, IFF_LOOPBACK, IFF_RUNNING = 0x1, 0x8, 0x40
 ARPHRD_ETHER = 1
 RTEXT_FILTER_SKIP_STATS = 8
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
@@ -548,6 +548,7 @@ def _to_link(message: nlmsg, addresses: tuple[IPv4Interface, ...]) -> Link:
         carrier=bool(message.get_attr("IFLA_CARRIER", 1)),
         loopback=bool(message["flags"] & IFF_LOOPBACK),
         queue_length=message.get_attr("IFLA_TXQLEN", 0),
+        running=bool(message["flags"] & IFF_RUNNING),
         ethernet=message["ifi_type"] == ARPHRD_ETHER,
     )
 

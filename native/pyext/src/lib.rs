@@ -231,12 +231,6 @@ impl KernelPath {
         py.detach(|| kernelpath::probe(&settings, peer)).map_err(refused)
     }
 
-    #[staticmethod]
-    #[expect(clippy::needless_pass_by_value, reason = "PyO3 makes it for this call")]
-    fn unpin(pins: PathBuf) -> PyResult<()> {
-        kernelpath::unpin(&pins).map_err(refused)
-    }
-
     fn taken_over(&self) -> bool {
         self.lock().taken_over()
     }

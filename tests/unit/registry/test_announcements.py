@@ -16,9 +16,11 @@ from flanctl.registry.announcements import (
     Announcement,
     Announcer,
     CloneSeen,
+    Hosts,
     announcements,
 )
 from flanctl.registry.stores.memory import MemoryStore
+from flanctl.registry.stores.store import Delete, Put
 from tests.support.clock import FakeClock
 from tests.support.deadline import until
 from tests.support.fuzz import fuzzed
@@ -83,6 +85,41 @@ def test_it_is_written_at_once_and_kept_alive(store, clock, machine):
         until(lambda looks=looks: (clock.advance(60), one.store.calls.count("refresh") >= looks)[1])
     assert store.get(KEY).revision == revision, "kept alive without an event for anybody"
     assert set(one.clones()) == {None}
+
+
+def test_new_words_of_the_same_run_are_written_at_once_and_no_clone(store, machine):
+    one = machine()
+    words = replace(OURS, data_path="kernel")
+    one.announcer.says(words)
+    until(lambda: announcements(store, PREFIX) == {IP: words})
+    assert set(one.clones()) == {None}
+
+
+def test_hosts_are_those_that_announce_themselves(store):
+    other, changes = IPv4Address("192.168.6.3"), []
+    hosts = Hosts(store, PREFIX, lambda: changes.append(hosts.addresses))
+    store.create(KEY, OURS.format(), ttl=60)
+    created = Put(store.get(KEY))
+    hosts.saw(created)
+    assert hosts.addresses is None, "half of a list is none"
+    hosts.listed()
+    assert hosts.addresses == {IP}
+    store.create(f"{PREFIX}/flanctl/hosts/{other}", THEIRS.format(), ttl=60)
+    event = Put(store.get(f"{PREFIX}/flanctl/hosts/{other}"))
+    hosts.saw(event)
+    hosts.saw(event)
+    hosts.saw(Put(replace(event.entry, key=f"{PREFIX}/flanctl/hosts/nobody")))
+    hosts.saw(Put(replace(event.entry, key=f"{PREFIX}/elsewhere/{other}")))
+    assert hosts.addresses == {IP, other}
+    hosts.saw(Put(replace(created.entry, value=b"{}")))
+    assert hosts.addresses == {other}, "words that mean nothing are nobody's"
+    hosts.saw(Delete(event.entry.key, event.entry.revision + 1))
+    assert changes == [{IP}, {IP, other}, {other}, frozenset()]
+    store.fail("list", RegistryUnreachable("away"))
+    hosts.listed()
+    assert hosts.addresses == frozenset(), "a registry that does not tell leaves what is known"
+    hosts.listed()
+    assert hosts.addresses == {IP, other}
 
 
 def test_two_machines_with_one_address_learn_of_each_other(clock, machine):

@@ -1,0 +1,482 @@
+"""The kernel path with real agents: what it carries, what it leaves to user space, and how it comes and goes.
+
+    h1 ─ 192.168.66.11 ─┬─ under0 .1          h1 and h2 in the kernel, h3 in user space
+    h2 ─ 192.168.66.12 ─┤
+    h3 ─ 192.168.66.13 ─┘
+
+What every path must carry and refuse is in test_agent_packets.py, over both. Needs BPF, and the file system for pins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+import subprocess
+import threading
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flanctl.agent.kernel.tc import PREFERENCE
+from flanctl.demo.hosts import Lab
+from flanctl.registry.stores.sqlite import SqliteStore
+from tests.support.agents import RunningAgent, environment, flanctl, program
+from tests.support.deadline import until
+from tests.support.namespaces import inside
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from ipaddress import IPv4Address
+    from pathlib import Path
+
+    from flanctl.demo.hosts import Container, Host
+
+pytestmark = pytest.mark.needs("root", "netns", "tun", "iptables", "ping", "bpf")
+PORT = 8285
+MTU = 1472
+TC = "--data-path", "tc"
+ALL = "u32 match u32 0 0"
+
+
+class Net:
+    """Hosts with agents over one registry file; containers behind the first two."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab, self.folder = lab, folder
+        with closing(self.store()) as store:
+            store.create("/jxdd/network/config", b'{"Network":"172.17.0.0/16"}', ttl=None)
+        self.agents: dict[str, RunningAgent] = {}
+        self.boxes: dict[str, Container] = {}
+
+    def store(self) -> SqliteStore:
+        return SqliteStore(str(self.folder / "registry.db"))
+
+    def add(self, *options: str, container: bool = True, iface: str = "eth0") -> RunningAgent:
+        return self.put_agent_on(self.lab.add_host(), *options, container=container, iface=iface)
+
+    def put_agent_on(
+        self, host: Host, *options: str, container: bool = True, iface: str = "eth0"
+    ) -> RunningAgent:
+        agent = RunningAgent.start(
+            host, self.folder / host.name, f"sqlite:{self.folder}/registry.db", "--iface", iface, *options
+        ).wait()
+        self.agents[host.name] = agent
+        if container:
+            self.boxes[host.name] = host.add_container(agent.gateway, MTU)
+        return agent
+
+    def status(self, agent: RunningAgent) -> dict[str, object]:
+        socket_of = {
+            "FLANCTL_RUN_DIR": str(agent.folder / "run"),
+            "FLANCTL_SUBNET_FILE": str(agent.subnet_file),
+        }
+        env = environment(agent.endpoints) | socket_of
+        done = agent.host.run([*program("flanctl"), "status", "-w", "json"], env=env, check=False)
+        document: dict[str, object] = json.loads(done.stdout)
+        return document
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Net]:
+    with Lab("kernel") as lab:
+        yield Net(lab, tmp_path)
+    assert lab.leftovers() == ()
+
+
+def kernels(agent: RunningAgent) -> tuple[int, int]:
+    """Packets out and in that went through the kernel path."""
+    counters = agent.counters()
+    return counters.get("kernel-out-packets", 0), counters.get("kernel-in-packets", 0)
+
+
+def direct(one: RunningAgent, two: RunningAgent, frm: Container, to: Container) -> None:
+    """Wait until packets both ways go through both kernels: the hosts know that the other runs flanctl."""
+
+    def carried() -> bool:
+        before = kernels(one), kernels(two)
+        assert reaches(frm, to.address)
+        after = kernels(one), kernels(two)
+        return all(new > old for old, new in zip(sum(before, ()), sum(after, ()), strict=True))
+
+    until(carried, seconds=20, what="packets go through both kernels")
+
+
+def reaches(frm: Container | Host, to: IPv4Address, *words: str) -> bool:
+    return ping(frm, to, "-c", "1", "-W", "2", *words) == 0
+
+
+def ping(frm: Container | Host, to: IPv4Address, *words: str) -> int:
+    """Packets lost."""
+    done = frm.run(["ping", "-n", "-q", *words, str(to)], check=False)
+    found = re.search(r"(\d+) packets transmitted, (\d+) received", done.stdout)
+    assert found, done.stdout + done.stderr
+    return int(found[1]) - int(found[2])
+
+
+@contextmanager
+def pinged(frm: Container, to: IPv4Address) -> Iterator[None]:
+    """A ping every 10 ms meanwhile, of which none may be lost."""
+    command = ["ping", "-n", "-q", "-i", "0.01", "-W", "2", str(to)]
+    process = frm.popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield
+    finally:
+        process.send_signal(2)
+        text = process.communicate(timeout=20)[0]
+    found = re.search(r"(\d+) packets transmitted, (\d+) received", text)
+    assert found, text
+    assert int(found[1]) > 50
+    # The one in flight when ping was asked to end has no time to come back.
+    assert int(found[1]) - int(found[2]) <= 1, text
+
+
+def iperf(server: Container, client: Container, seconds: int = 1) -> float:
+    """Gbit/s of one TCP stream."""
+    listening = server.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE, text=True)
+    until(lambda: "listening" in listening.stdout.readline(), seconds=10)
+    done = client.run(["iperf3", "-c", str(server.address), "-t", str(seconds), "-J"])
+    listening.communicate(timeout=20)
+    return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"]) / 1e9
+
+
+def filters(host: Host, link: str, direction: str) -> str:
+    return host.run(["tc", "filter", "show", "dev", link, direction]).stdout
+
+
+# ---- what it carries -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("iperf3")
+def test_between_flanctl_hosts_packets_stay_in_the_kernel_and_status_counts_them(net: Net) -> None:
+    one, two, three = net.add(*TC), net.add(*TC), net.add("--data-path", "tun")
+    box1, box2, box3 = net.boxes.values()
+    assert one.ready["data-path"] == "kernel"
+    direct(one, two, box1, box2)
+    before = one.counters()
+    assert iperf(box2, box1) > 0.05
+    after = one.counters()
+    out = after["out-packets"] - before["out-packets"]
+    assert out == after["kernel-out-packets"] - before["kernel-out-packets"] > 1000, "none by user space"
+    status = net.status(one)
+    assert (status["data_path"], status["data_path_why"]) == ("kernel", "")
+    assert status["counters"]["in_packets"] >= status["counters"]["kernel_in_packets"] > 0
+    # With a receiver in user space, which finishes the checksums that this kernel leaves: nothing is lost either way.
+    assert iperf(box3, box1) > 0.02
+    assert iperf(box1, box3) > 0.02
+    drops = {name: count for name, count in three.counters().items() if name.startswith("drop")}
+    assert drops == {}
+
+
+def test_to_a_host_without_an_announcement_packets_go_by_user_space(net: Net) -> None:
+    one, two = net.add(*TC), net.add("--data-path", "tun")
+    box1, box2 = net.boxes.values()
+    until(lambda: reaches(box1, box2.address) and kernels(one)[0] > 0, seconds=20)
+    two.kill()  # or it would announce itself again
+    with closing(net.store()) as store:
+        store.delete(f"/jxdd/network/flanctl/hosts/{two.host.address}")
+
+    def left_alone() -> bool:
+        before = kernels(one)[0]
+        ping(box1, box2.address, "-c", "1", "-W", "1")
+        return kernels(one)[0] == before and one.counters().get("kernel-pass-not-flanctl", 0) > 0
+
+    until(left_alone, seconds=20)
+    two.again().wait()
+    until(lambda: reaches(box1, box2.address), seconds=20)
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def inner(source: str, destination: str, length: int = 40, first: int = 0x45) -> bytes:
+    """An IPv4 packet of protocol 253 (RFC 3692's, for experiments)."""
+    ends = socket.inet_aton(source) + socket.inet_aton(destination)
+    header = struct.pack("!BBHHHBBH", first, 0, length, 0, 0, 64, 253, 0) + ends
+    total = sum(struct.unpack("!10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    header = header[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + header[12:]
+    return header.ljust(length, b"x")
+
+
+@pytest.mark.needs("iperf3")
+def test_forged_packets_are_dropped_and_counted_by_the_kernel_while_tcp_runs(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    stranger = net.lab.add_host("stranger")
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    mine, theirs = str(box1.address), str(box2.address)
+    kinds = {
+        "kernel-drop-unknown-sender": (stranger, inner(theirs, mine)),
+        "kernel-drop-spoofed-source": (two.host, inner("172.17.99.9", mine)),
+        "kernel-drop-foreign-destination": (two.host, inner(theirs, "10.1.2.3")),
+        "kernel-drop-short": (two.host, inner(theirs, mine)[:19]),
+        "kernel-drop-bad-version": (two.host, inner(theirs, mine, first=0x65)),
+        "kernel-drop-bad-length": (two.host, inner(theirs, mine)[:-1]),
+    }
+    count = 2000
+    channels = {}
+    for host in (stranger, two.host):
+        with inside(host.path):
+            channels[host] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    before = one.counters()
+    rates: list[float] = []
+    tcp = threading.Thread(target=lambda: rates.append(iperf(box1, box2, 3)))
+    tcp.start()
+    with inside(box1.path):
+        sink = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+    sink.setblocking(False)
+    for host, packet in kinds.values():
+        for _ in range(count):
+            channels[host].sendto(packet, (str(one.host.address), PORT))
+    tcp.join()
+    after = one.counters()
+    for name in kinds:
+        dropped = after.get(name, 0) - before.get(name, 0)
+        # Two thousand at once may overrun the receiver's backlog; none of them may be counted twice.
+        assert count * 0.9 <= dropped <= count, name
+    with pytest.raises(BlockingIOError):
+        sink.recv(100)
+    channels[two.host].sendto(inner(theirs, mine), (str(one.host.address), PORT))
+    sink.settimeout(5)
+    assert sink.recv(100).endswith(b"x"), "and the right one arrives"
+    assert rates[0] > 0.05
+    for channel in (sink, *channels.values()):
+        channel.close()
+
+
+# ---- restarts and changes of path ------------------------------------------------------------------------------------
+
+
+def test_no_restart_and_no_kill_loses_a_packet(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    before = kernels(one)
+    with pinged(box1, box2.address):
+        for number in range(8):
+            if number % 2:
+                one.kill()
+            else:
+                assert one.terminate() == 0
+            one = one.again()
+            one.wait()
+    assert kernels(one) > before, "the counters outlive an agent"
+    assert "repaired" not in one.log_text()
+
+
+def test_from_the_kernel_to_user_space_no_packet_is_lost(net: Net) -> None:
+    one, two = net.add(*TC), net.add("--data-path", "auto")
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    with pinged(box1, box2.address):
+        # While it runs: what speaks against the kernel path appears, and goes again.
+        two.host.run(
+            ["ip", "xfrm", "policy", "add", "src", "198.51.100.1/32", "dst", "198.51.100.2/32", "dir", "out"]
+        )
+        two.wait_log("carried in user space, not in the kernel: this host has IPsec policies")
+        assert "flanctl" not in filters(two.host, "eth0", "ingress")
+        two.host.run(["ip", "xfrm", "policy", "flush"])
+        until(lambda: "flanctl_dec" in filters(two.host, "eth0", "ingress"), seconds=20)
+        # By the operator's word.
+        one.kill()
+        one.options = (*one.options[:-1], "tun")
+        one = one.again()
+        one.wait()
+        until(lambda: "flanctl" not in filters(one.host, "eth0", "ingress"))
+    assert "flanctl" not in filters(one.host, "flannel0", "egress")
+    assert len(net.lab._pins()) == 1, "the other host's"
+    assert net.status(one)["data_path"] == "userspace"
+
+
+def test_a_dead_agents_packets_flow_until_its_lease_ends(net: Net) -> None:
+    one, two = net.add(*TC, "--lease-ttl", "10s"), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    one.kill()
+    assert reaches(box1, box2.address)
+    until(lambda: not reaches(box1, box2.address), seconds=30, what="the lease has ended")
+
+
+# ---- other programs, other underlays ---------------------------------------------------------------------------------
+
+
+def test_foreign_filters_stay_and_are_called(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    host = one.host
+    # A program that wants nothing: the next one is asked.
+    host.run(
+        [
+            "tc",
+            "filter",
+            "add",
+            "dev",
+            "eth0",
+            "ingress",
+            "pref",
+            "5",
+            "bpf",
+            "bytecode",
+            "1,6 0 0 0",
+            "classid",
+            ":1",
+        ]
+    )
+    direct(one, two, box1, box2)
+    # One that takes all packets, and lets them pass: ours is not asked, and user space carries them.
+    host.run(
+        [
+            "tc",
+            "filter",
+            "add",
+            "dev",
+            "eth0",
+            "ingress",
+            "pref",
+            "6",
+            "protocol",
+            "all",
+            *ALL.split(),
+            "classid",
+            ":1",
+        ]
+    )
+    before = kernels(one)[1]
+    assert reaches(box1, box2.address)
+    assert kernels(one)[1] == before
+    one.terminate()
+    one = one.again()
+    one.wait()
+    kept = filters(host, "eth0", "ingress")
+    assert "pref 5 bpf" in kept
+    assert "pref 6 u32" in kept
+    one.terminate()
+    removed = flanctl(host, one.endpoints, "cleanup", "--yes", "--run-dir", str(one.folder / "run")).stdout
+    assert f"tc filter delete dev eth0 ingress pref {PREFERENCE}" in removed
+    kept = filters(host, "eth0", "ingress")
+    assert "flanctl" not in kept
+    assert "pref 5 bpf" in kept
+
+
+def test_what_stands_in_our_place_on_the_hook_keeps_it(net: Net) -> None:
+    host = net.lab.add_host()
+    host.run(["tc", "qdisc", "add", "dev", "eth0", "clsact"])
+    theirs = ["protocol", "all", *ALL.split(), "classid", ":1"]
+    host.run(["tc", "filter", "add", "dev", "eth0", "ingress", "pref", str(PREFERENCE), *theirs])
+    one, two = net.put_agent_on(host, "--data-path", "auto"), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    assert "a foreign u32 filter (" in one.log_text()
+    assert one.ready["data-path"] == "userspace"
+    assert reaches(box1, box2.address)
+    assert two.ready["data-path"] == "kernel"
+    assert "u32" in filters(host, "eth0", "ingress")
+
+
+def test_a_bridge_is_an_underlay_too_and_its_changes_are_followed(net: Net) -> None:
+    host = net.lab.add_host()
+    host.ip_batch(
+        "link add br0 type bridge",
+        "link set br0 up",
+        "addr flush dev eth0",
+        "link set eth0 master br0",
+        f"addr add {host.interface} dev br0",
+    )
+    one, two = net.put_agent_on(host, *TC, iface="br0"), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    assert "flanctl_dec" in filters(host, "br0", "ingress")
+    # A smaller MTU: what does not fit any more is cut by user space's socket, the rest stays in the kernel.
+    host.ip_batch("link set br0 mtu 1300")
+    assert ping(box1, box2.address, "-c", "3", "-i", "0.1", "-W", "2", "-s", "1400") == 0
+    assert one.counters()["kernel-pass-too-big"] >= 3
+    direct(one, two, box1, box2)
+    # Another name.
+    host.ip_batch("link set br0 down", "link set br0 name br1", "link set br1 up")
+    direct(one, two, box1, box2)
+    assert net.status(one)["data_path"] == "kernel"
+    # Gone, and there again.
+    host.ip_batch("link delete br1")
+    one.wait_log(f"user space, not in the kernel: no interface has the address {host.address}")
+    host.ip_batch(
+        "link add br0 type bridge",
+        "link set br0 up",
+        "link set eth0 master br0",
+        f"addr add {host.interface} dev br0",
+    )
+    direct(one, two, box1, box2)
+
+
+def test_our_device_made_anew_is_carried_again(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    one.host.ip_batch("link delete flannel0")
+    direct(one, two, box1, box2)
+
+
+def test_a_firewall_rule_on_the_port_is_said_to_be_inert(net: Net) -> None:
+    host = net.lab.add_host()
+    host.run(["iptables", "-A", "INPUT", "-p", "udp", "--dport", "8000:9000", "-j", "ACCEPT"])
+    one = net.put_agent_on(host, *TC, container=False)
+    line = one.wait_log(r"packets are carried in the kernel; firewall rules on UDP port 8285 do not see .*")[
+        0
+    ]
+    assert "8000:9000" in line
+    assert "8000:9000" in str(net.status(one)["data_path_why"])
+
+
+# ---- where it cannot be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        ((), "CAP_BPF"),
+        (("mount", "--bind", "{empty}", "/sys/fs"), "there is no /sys/fs/bpf"),
+        (("mount", "-o", "remount,bind,ro", "/sys/fs/bpf"), "is not writable"),
+    ],
+    ids=["no right to bpf", "no bpf file system", "read-only"],
+)
+def test_without_what_it_needs_auto_takes_user_space_and_says_why(
+    net: Net, tmp_path: Path, before: tuple[str, ...], why: str
+) -> None:
+    host, folder, empty = net.lab.add_host(), tmp_path / "agent", tmp_path / "empty"
+    folder.mkdir()
+    empty.mkdir()
+    command = [*program("flanctl"), "agent", "--iface", "eth0", "--data-path", "auto"]
+    command += ["--subnet-file", str(folder / "subnet.env")]
+    if before:
+        script = " ".join(before).format(empty=empty) + ' && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", script, "sh", *command]
+    else:
+        caps = "-sys_admin,-bpf"
+        command = ["setpriv", "--bounding-set", caps, "--inh-caps", caps, *command]
+    env = environment(f"sqlite:{net.folder}/registry.db")
+    env |= {"FLANCTL_STATE_DIR": str(folder / "state"), "FLANCTL_RUN_DIR": str(folder / "run")}
+    process = host.popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if " ready " in line:
+            break
+    said = [line for line in lines if "not in the kernel" in line]
+    assert len(said) == 1, lines
+    assert why in said[0], said
+    assert "data-path=userspace" in lines[-1]
+
+
+def test_tc_at_any_price_does_not_start_where_it_cannot_be(net: Net) -> None:
+    host = net.lab.add_host()
+    host.run(
+        ["ip", "xfrm", "policy", "add", "src", "198.51.100.1/32", "dst", "198.51.100.2/32", "dir", "out"]
+    )
+    agent = RunningAgent.start(
+        host, net.folder / "refused", f"sqlite:{net.folder}/registry.db", "--iface", "eth0", *TC
+    )
+    assert agent.wait_end() == 1
+    assert "--data-path tc: packets cannot be carried in the kernel: this host has IPsec" in agent.log_text()
+    assert "Traceback" not in agent.log_text()
