@@ -1,7 +1,7 @@
 """The typed face of the Rust extension (native/pyext). No packet ever crosses into Python."""
 
-from collections.abc import Sequence
-from typing import TypedDict, final
+from collections.abc import Mapping, Sequence
+from typing import final
 
 version: str
 
@@ -59,36 +59,17 @@ class DataPlane:
     def stop(self, timeout: float = 5.0) -> bool:
         """Ask the worker to end and wait for it. Idempotent. False if it did not end in time."""
 
-class KernelSettings(TypedDict):
-    """What the TC programs compare packets with."""
-
-    valid_until: int
-    """Nanoseconds of CLOCK_BOOTTIME after which everything goes to user space: the end of our lease."""
-    tun: int
-    """Interface index of the TUN."""
-    local: str
-    """The underlay address that peers send to."""
-    port: int
-    mtu: int
-    """The TUN's."""
-    peer_check: str
-    """As for `DataPlane`."""
-    network: str
-    own: str
-    uplinks: list[int]
-    """Interface indexes that packets may leave by, 8 at most."""
-
 @final
 class KernelPath:
     """The TC programs that carry packets in the kernel, and their maps. It attaches nothing.
 
-    Loads the programs, onto the maps pinned in the directory `pins` where those fit. Every method raises RuntimeError
+    `settings` are backends/kernel_path.py's KernelSettings. Loads the programs, onto the maps pinned in the directory `pins` where those fit. Every method raises RuntimeError
     with what was tried and the kernel's words, ValueError for what means nothing.
     """
 
     def __new__(cls, pins: str, *, network: str, subnet_len: int) -> KernelPath: ...
     @staticmethod
-    def probe(settings: KernelSettings, peer: str) -> None:
+    def probe(settings: Mapping[str, object], peer: str) -> None:
         """Run both programs over a packet to and from `peer` without a network, and compare every byte."""
 
     def taken_over(self) -> bool:
@@ -100,7 +81,7 @@ class KernelPath:
     def programs(self) -> tuple[int, int]:
         """Descriptors of the encapsulating and the decapsulating program; ours, open as long as this object."""
 
-    def configure(self, settings: KernelSettings) -> None: ...
+    def configure(self, settings: Mapping[str, object]) -> None: ...
     def disable(self) -> None:
         """From now on the programs, where they are attached, give everything to user space."""
 

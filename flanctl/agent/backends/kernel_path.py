@@ -18,7 +18,7 @@ import socket
 import subprocess
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from flanctl.agent.kernel import bypassed
 from flanctl.agent.kernel.tc import PREFERENCE, Filters, program_id
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from ipaddress import IPv4Network
 
-    from flanctl._native import KernelPath, KernelSettings
+    from flanctl._native import KernelPath
     from flanctl.agent.kernel.door import Kernel
     from flanctl.agent.kernel.model import Link
     from flanctl.agent.underlay import Underlay
@@ -42,6 +42,25 @@ FIRST_SAMPLE, SAMPLE = 64, 8
 FOREVER = (1 << 64) - 1
 AGAIN = 60
 """Looks (one in five seconds) between two at the firewall's rules, which takes a while."""
+
+
+class KernelSettings(TypedDict):
+    """What the TC programs compare packets with."""
+
+    valid_until: int
+    """Nanoseconds of CLOCK_BOOTTIME after which everything goes to user space: the end of our lease."""
+    tun: int
+    """Interface index of the TUN."""
+    local: str
+    """The underlay address that peers send to."""
+    port: int
+    mtu: int
+    """The TUN's."""
+    peer_check: str
+    network: str
+    own: str
+    uplinks: list[int]
+    """Interface indexes that packets may leave by, MOST_UPLINKS at most."""
 
 
 class NoKernelPath(Exception):
@@ -219,7 +238,7 @@ class KernelSide:
         except (NoKernelPath, RuntimeError) as error:
             self._hopeless = str(error)
             if "Operation not permitted" in self._hopeless:
-                self._hopeless += "; it takes CAP_BPF beside CAP_NET_ADMIN"
+                self._hopeless += "; it takes CAP_BPF and CAP_PERFMON beside CAP_NET_ADMIN"
             raise NoKernelPath(self._hopeless) from None
         encap, decap = path.programs()
         self._remembered = frozenset(map(IPv4Address, path.direct_peers()))

@@ -540,7 +540,19 @@ fn most_peers(slots: u32) -> u32 {
     slots + FOREIGN
 }
 
+/// Before Linux 5.11 maps count against RLIMIT_MEMLOCK, which is 64 KiB as a rule. Where it may not be raised, making
+/// them says so.
+fn lift_memory_limit() {
+    let unlimited = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: it reads one struct of ours.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
+}
+
 fn loader<'a>(slots: u32) -> EbpfLoader<'a> {
+    lift_memory_limit();
     let mut loader = EbpfLoader::new();
     loader
         .map_max_entries("subnets", slots)
