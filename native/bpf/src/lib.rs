@@ -540,7 +540,7 @@ fn most_peers(slots: u32) -> u32 {
     slots + FOREIGN
 }
 
-/// Before Linux 5.11 maps count against RLIMIT_MEMLOCK, which is 64 KiB as a rule. Where it may not be raised, making
+/// Before Linux 5.11 maps count against `RLIMIT_MEMLOCK`, 64 KiB as a rule. Where it may not be raised, making
 /// them says so.
 fn lift_memory_limit() {
     let unlimited = libc::rlimit {
