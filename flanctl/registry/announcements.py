@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import random
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Address
+from math import inf
 from typing import TYPE_CHECKING
 
 from flanctl.errors import FlanctlError
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 600.0
 """Between two looks at our own announcement; a third of its time if that is shorter."""
+STOPPED = "stopped"
+"""A data path for one who has none for the time being."""
+STOPPED_SECONDS = 30.0
+"""How long one who has stopped still counts: a restart is over by then, and its kernel path goes on meanwhile."""
 MAX_BYTES = 4096
 """Of an announcement we read; ours have about 200."""
 
@@ -118,6 +123,23 @@ class Announcer:
                 self._report(AnnounceFailed(error))
             every = min(LOOK_SECONDS, self._ttl / 3)
             self._clock.wait(self._bell, every * random.uniform(0.9, 1.1))  # noqa: S311  spread, not secret
+        self._say_stopped()
+
+    def _say_stopped(self) -> None:
+        """Who sends to us from its kernel must not go on if a flanneld comes in our place. The rest stays as it was said.
+
+        Only a word: where the registry does not answer, the agent ends all the same.
+        """
+        with self._lock:
+            if not self._written or self._withdrawn:
+                return
+            try:
+                current = self._store.get(self.key)
+                if current is not None and current.value == self._value:
+                    last = replace(self._words, data_path=STOPPED).format()
+                    self._store.replace(self.key, last, ttl=self._ttl, expected=current.revision)
+            except FlanctlError:
+                return
 
     def look(self) -> None:
         """Announce now: the store is another one."""
@@ -176,43 +198,64 @@ class Announcer:
 
 
 class Hosts:
-    """Which hosts run flanctl, by their announcements: all of them at a list, then by what a watch tells.
+    """Which hosts run flanctl now, by their announcements: all of them at a list, then by what a watch tells.
 
     `listed` and `saw` belong to the follower's thread, `addresses` may be asked from any.
     """
 
-    def __init__(self, store: Store, prefix: str, changed: Callable[[], None]) -> None:
+    def __init__(self, store: Store, prefix: str, changed: Callable[[], None], clock: Clock) -> None:
         self._store = store
         self._prefix = prefix
         self._folder = _folder(prefix)
         self._changed = changed
-        self.addresses: frozenset[IPv4Address] | None = None
+        self._clock = clock
+        self._ends: dict[IPv4Address, float] | None = None
+        """Until when each counts: for ever, or a while after it said that it stopped. Replaced whole."""
+
+    @property
+    def addresses(self) -> frozenset[IPv4Address] | None:
         """None until they were listed once."""
+        ends = self._ends
+        if ends is None:
+            return None
+        now = self._clock.now()
+        return frozenset(address for address, end in ends.items() if now < end)
 
     def listed(self) -> None:
         """Ask for all. A registry that does not tell, or does not let us look there, leaves what is known."""
         try:
-            found = frozenset(announcements(self._store, self._prefix))
+            found = announcements(self._store, self._prefix)
         except FlanctlError:
             return
-        self._take(found)
+        self._take({address: self._end(address, words) for address, words in found.items()})
 
     def saw(self, event: Put | Delete) -> None:
         key = event.entry.key if isinstance(event, Put) else event.key
-        if self.addresses is None or not key.startswith(self._folder):
+        if self._ends is None or not key.startswith(self._folder):
             return
         try:
             address = IPv4Address(key.removeprefix(self._folder))
         except ValueError:
             return
-        if isinstance(event, Put) and Announcement.parse(event.entry.value) is not None:
-            self._take(self.addresses | {address})
+        ends = dict(self._ends)
+        words = Announcement.parse(event.entry.value) if isinstance(event, Put) else None
+        if words is None:
+            ends.pop(address, None)
         else:
-            self._take(self.addresses - {address})
+            ends[address] = self._end(address, words)
+        self._take(ends)
 
-    def _take(self, found: frozenset[IPv4Address]) -> None:
-        if found != self.addresses:
-            self.addresses = found
+    def _end(self, address: IPv4Address, words: Announcement) -> float:
+        if words.data_path != STOPPED:
+            return inf
+        if self._ends is None or address not in self._ends:
+            return 0.0  # it stopped before we knew it
+        return min(self._ends[address], self._clock.now() + STOPPED_SECONDS)
+
+    def _take(self, ends: dict[IPv4Address, float]) -> None:
+        before = self.addresses
+        self._ends = ends
+        if self.addresses != before:
             self._changed()
 
 

@@ -95,9 +95,42 @@ def test_new_words_of_the_same_run_are_written_at_once_and_no_clone(store, machi
     assert set(one.clones()) == {None}
 
 
-def test_hosts_are_those_that_announce_themselves(store):
+def test_an_agent_that_stops_says_so_and_no_more(store, machine):
+    one = machine()
+    one.stop()
+    assert announcements(store, PREFIX) == {IP: replace(OURS, data_path="stopped")}
+
+
+def test_an_agent_that_stops_leaves_another_machines_words(store, machine):
+    one = machine()
+    store.replace(KEY, THEIRS.format(), ttl=60, expected=store.get(KEY).revision)
+    one.stop()
+    assert announcements(store, PREFIX) == {IP: THEIRS}
+
+
+def test_a_host_that_stopped_counts_for_the_time_of_a_restart(store, clock):
+    hosts = Hosts(store, PREFIX, lambda: None, clock)
+    store.create(KEY, OURS.format(), ttl=3600)
+    hosts.listed()
+    entry = store.get(KEY)
+    stopped = Put(replace(entry, value=replace(OURS, data_path="stopped").format()))
+    hosts.saw(stopped)
+    clock.advance(20)
+    hosts.saw(stopped)
+    assert hosts.addresses == {IP}
+    clock.advance(11)
+    assert hosts.addresses == frozenset()
+    hosts.saw(Put(entry))
+    assert hosts.addresses == {IP}
+    store.replace(KEY, stopped.entry.value, ttl=3600, expected=entry.revision)
+    late = Hosts(store, PREFIX, lambda: None, clock)
+    late.listed()
+    assert late.addresses == frozenset(), "who had stopped before we came"
+
+
+def test_hosts_are_those_that_announce_themselves(store, clock):
     other, changes = IPv4Address("192.168.6.3"), []
-    hosts = Hosts(store, PREFIX, lambda: changes.append(hosts.addresses))
+    hosts = Hosts(store, PREFIX, lambda: changes.append(hosts.addresses), clock)
     store.create(KEY, OURS.format(), ttl=60)
     created = Put(store.get(KEY))
     hosts.saw(created)
