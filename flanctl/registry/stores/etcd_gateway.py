@@ -42,6 +42,7 @@ from flanctl.registry.stores.etcd_v3 import (
 from flanctl.registry.stores.http_watch import PROBE_WAIT, HttpWatch
 from flanctl.registry.stores.store import Entry, Unreadable
 from flanctl.registry.stores.watch import Change
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -355,7 +356,7 @@ def _refused(document: Mapping[str, Any]) -> Refused:
 def _raise_if_by_certificate(text: bytes) -> None:
     """With logins by a certificate's name the gateway refuses every request: in 3.4 as bare text, not as JSON."""
     if b"CommonName" in text and b"ignored" in text:
-        words = text[:200].decode(errors="replace").strip()
+        words = printable(text[:200].decode(errors="replace").strip())
         raise GatewayOff(f"etcd's JSON gateway takes no login by client certificate (etcd: {words})")
 
 

@@ -22,6 +22,7 @@ from flanctl.registry.stores import http
 from flanctl.registry.stores.http_watch import PROBE_WAIT, HttpWatch
 from flanctl.registry.stores.store import Changed, Entry, Forgotten, KeyExists, Snapshot, Unreadable
 from flanctl.registry.stores.watch import Change, ResumingWatch
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -509,6 +510,7 @@ def refused_by(document: Mapping[str, Any], status: int, headers: Mapping[str, s
         code = _UNAUTHORIZED if status in {401, 403} else 0
     cause = str(document.get("cause") or "")
     words = str(document.get("message") or "no reason given") + (f": {cause}" if cause else "")
+    words = printable(words[:500])  # whoever answers may not be etcd
     index = document.get("index")
     return _Refused(code, words[:500], index if isinstance(index, int) else _index(headers))
 

@@ -20,6 +20,7 @@ from flanctl.errors import FlanctlError, Invalid, NotPermitted, RegistryUnreacha
 from flanctl.registry.stores import http
 from flanctl.registry.stores.store import Changed, Entry, Forgotten, KeyExists, Snapshot, Unreadable
 from flanctl.registry.stores.watch import ResumingWatch
+from flanctl.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ class Refused(Exception):
         super().__init__(words)
         self.code = code
         self.own = "etcdserver:" in words
-        self.words = words[:500].removeprefix("etcdserver: ")
+        self.words = printable(words[:500].removeprefix("etcdserver: "))  # whoever answers may not be etcd
 
     @property
     def token_ended(self) -> bool:

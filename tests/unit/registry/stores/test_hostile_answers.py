@@ -10,6 +10,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -178,12 +179,22 @@ def ends_well(kind: str, call: Callable[[Store], object], answer: Callable[[Requ
                 found = call(store)
             except FlanctlError as error:
                 for line in (error.message, *error.details, error.hint or ""):
-                    assert "\n" not in line
+                    assert line.isprintable(), repr(line)
                     assert len(line) < 1000, line[:2000]
             else:
                 if isinstance(found, Snapshot):
                     assert all(entry.key.startswith("/net/subnets/") for entry in found.entries)
         assert time.monotonic() - began < 5 * TIMEOUT + SLACK
+
+
+@pytest.mark.parametrize("kind", sorted(STORES))
+@pytest.mark.parametrize("status", [b"200 OK", b"302 Found", b"400 x", b"503 x"])
+def test_words_of_a_server_are_one_line_that_can_be_printed(kind: str, status: bytes) -> None:
+    """Found by the test below."""
+    words = {"code": 3, "errorCode": 3, "message": "a\ud800\n\x1b[31m", "cause": "b\r\n", "etcdserver": "x"}
+    answer = whole(status, [], json.dumps(words).encode(), False)
+    said: Iterator[bytes | None] = itertools.chain([answer], itertools.repeat(None))
+    ends_well(kind, CALLS[0], lambda _: next(said))
 
 
 @partial(fuzzed, examples=80)
