@@ -87,6 +87,10 @@ def _kernel_link(kind: str) -> Callable[[], str | None]:
         make = f"ip link add probe0 type {kind}"
         if kind == "vxlan":
             make += " id 7 dstport 8472"
+        if kind in {"macvlan", "vlan"}:  # on another link
+            make = f"ip link add up0 type veth && ip link add link up0 name probe0 type {kind}"
+        if kind == "vlan":
+            make += " id 7"
         probe = subprocess.run(
             ["unshare", "--net", "sh", "-c", make], capture_output=True, text=True, check=False
         )
@@ -130,6 +134,11 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "tun": _tun,
     "vxlan": _kernel_link("vxlan"),
     "bpf": _bpf,
+    "ifb": _kernel_link("ifb"),
+    "macvlan": _kernel_link("macvlan"),
+    "vlan": _kernel_link("vlan"),
+    "bond": _kernel_link("bond"),
+    "ethtool": _program("ethtool"),
     "iptables": _program("iptables", "iptables-save", "iptables-restore"),
     "nft": _program("nft"),
     "firewalld": _program("firewalld", "firewall-cmd", "dbus-daemon"),

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 DEVICE = "flannel0"
 ENCAP_OVERHEAD = 28
 """Bytes: 20 of outer IPv4 (RFC 791, no options) and 8 of UDP (RFC 768)."""
+LEAST_MTU = 68
+"""Bytes: what every link with IPv4 must carry in one piece (RFC 791, 3.2). Linux has no IPv4 on a device with less."""
 
 
 class UdpBackend:
@@ -109,9 +111,10 @@ class UdpBackend:
 
     def check(self) -> None:
         """Raises Conflict for a foreign flannel0 or a taken port, NotPermitted, or FlanctlError without TUN."""
-        if self.mtu < 576:
+        if self.mtu < LEAST_MTU:
             raise FlanctlError(
-                f"the underlay's MTU of {self._underlay.mtu} leaves {self.mtu} bytes for inner packets, fewer than 576"
+                f"the underlay's MTU of {self._underlay.mtu} leaves {self.mtu} bytes for inner packets, "
+                f"fewer than {LEAST_MTU}"
             )
         refuse_foreign(self._kernel, DEVICE)
         if not os.access(tun.DEVICE, os.R_OK | os.W_OK):

@@ -150,11 +150,11 @@ static __always_inline bool expired(const struct config *c) {
     return bpf_ktime_get_boot_ns() >= c->valid_until;
 }
 
-/* Bytes of the IP and L4 headers of a GSO packet whose IP header is `ihl` words long and begins at `at`; 0: unknown. */
+/* Bytes of the IP and TCP headers of a GSO packet whose IP header is `ihl` words long and begins at `at`; 0: another
+ * protocol. UDP's packets (UDP_SEGMENT) are left to user space: over a virtual wire they arrive whole, a receiver cannot
+ * take the mark of a tunnel off them, and the kernel would then cut them at the wrong header (net/ipv4/udp_offload.c). */
 static __always_inline __u32 headers(struct __sk_buff *skb, __u32 at, __u32 ihl, __u8 protocol) {
     __u8 offset = 0;
-    if (protocol == IPPROTO_UDP)
-        return ihl * 4 + sizeof(struct udphdr);
     if (protocol != IPPROTO_TCP || bpf_skb_load_bytes(skb, at + ihl * 4 + 12, &offset, 1))
         return 0;
     return ihl * 4 + (offset >> 4) * 4;
@@ -187,6 +187,20 @@ static __always_inline __u16 header_checksum(const struct iphdr *ip) {
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     return ~sum;
+}
+
+/* Whether the outer checksum is still to be made, as over a virtual wire from a socket: the field has the sum of the
+ * pseudo-header (RFC 768). Where it should be made stays noted in the packet when the header is gone, and whoever then has
+ * to make checksums (fragmenting, a link without that offload) drops it. A finished one looks so once in 65,535 times, and
+ * loses nothing by it. */
+static __always_inline bool unfinished(const struct outer *outer) {
+    if (!outer->udp.check)
+        return false;
+    __u32 sum = (outer->ip.saddr & 0xffff) + (outer->ip.saddr >> 16) + (outer->ip.daddr & 0xffff) +
+                (outer->ip.daddr >> 16) + bpf_htons(IPPROTO_UDP) + outer->udp.len;
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    return outer->udp.check == sum;
 }
 
 SEC("classifier") int flanctl_enc(struct __sk_buff *skb) {
@@ -289,6 +303,7 @@ SEC("classifier") int flanctl_dec(struct __sk_buff *skb) {
         return pass(PASS_EXPIRED);
 
     __be32 sender = outer->ip.saddr;
+    bool partial = unfinished(outer);
     __u32 check = c->peer_check, bad = 0;
     if (!readable(skb, FRAME + INNER)) {
         bad = DROP_SHORT;
@@ -320,6 +335,8 @@ SEC("classifier") int flanctl_dec(struct __sk_buff *skb) {
             if (!is_own(c, destination) || is_group(destination) ||
                 (c->own_mask < 0xfffffffe && bpf_ntohl(destination) == (c->own | ~c->own_mask)))
                 return drop(DROP_FOREIGN_DESTINATION);
+            if (partial || (gso_size && protocol == IPPROTO_UDP))
+                return pass(PASS_OTHER);
             if (!gso_size && inner > c->mtu)
                 return pass(PASS_TOO_BIG);
             __u32 all = gso_size ? headers(skb, FRAME, ihl, protocol) : 0;

@@ -319,6 +319,43 @@ fn what_the_kernel_does_not_know_to_be_for_it_goes_on_to_the_stack() {
     change(14 + 25, 1, &["pass_other"]); // UDP's length
 }
 
+/// What a socket sends over a virtual wire: the field has the pseudo-header's sum (RFC 768) and no checksum yet.
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_datagram_whose_outer_checksum_is_still_to_be_made_goes_to_user_space() {
+    let mut both = Both::new(PeerCheck::Strict, PLAIN);
+    let inner = datagram_of(b"payload", [172, 17, 7, 9].into(), [172, 17, 41, 5].into(), 9);
+    let mut outer = datagram_of(&inner, [192, 0, 2, 12].into(), LOCAL, PORT);
+    let mut words: Vec<u8> = outer[12..20].to_vec(); // both addresses
+    words.extend([0, 17, outer[24], outer[25]]); // protocol, length
+    let mut sum: u32 = words
+        .chunks(2)
+        .map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let sum = u16::try_from(sum).unwrap();
+    for (field, wanted) in [
+        (sum, Outcome::Passed),
+        (sum ^ 1, Outcome::Redirected(inner.clone())),
+        (0, Outcome::Redirected(inner.clone())),
+    ] {
+        outer[26..28].copy_from_slice(&field.to_be_bytes());
+        assert_eq!(
+            both.bench.decapsulate(&frame(&outer)).unwrap(),
+            wanted,
+            "{field:#x}"
+        );
+    }
+    // What is forged is refused all the same.
+    outer[26..28].copy_from_slice(&sum.to_be_bytes());
+    outer[28 + 12] = 10;
+    both.bench.moved().unwrap();
+    both.bench.decapsulate(&frame(&outer)).unwrap();
+    assert_eq!(both.bench.moved().unwrap(), ["drop_spoofed_source"]);
+}
+
 #[test]
 #[ignore = "needs root and BPF"]
 fn after_the_lease_and_towards_hosts_without_flanctl_nothing_is_sent_from_the_kernel() {

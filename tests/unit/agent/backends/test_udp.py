@@ -152,8 +152,8 @@ def test_without_the_tun_device_it_says_what_to_do(desk: Desk, monkeypatch: pyte
     assert "modprobe tun" in str(refused.value.hint)
 
 
-@pytest.mark.parametrize(("mtu", "fits"), [(603, False), (604, True)])
-def test_an_underlay_must_leave_room_for_the_smallest_packet_every_host_takes(
+@pytest.mark.parametrize(("mtu", "fits"), [(95, False), (96, True), (576, True)])
+def test_an_underlay_must_leave_room_for_what_a_link_must_carry_in_one_piece(
     desks: list[Desk], mtu: int, fits: bool
 ) -> None:
     desks.append(Desk(mtu=mtu))
