@@ -211,7 +211,7 @@ SEC("classifier") int flanctl_enc(struct __sk_buff *skb) {
     struct iphdr *ip = (void *)(long)skb->data + mac_header;
     if ((void *)(ip + 1) > (void *)(long)skb->data_end)
         return TC_ACT_UNSPEC;
-    if (ip->version != 4 || ip->ihl < 5 || bpf_ntohs(ip->tot_len) != length)
+    if (ip->version != 4 || ip->ihl < 5 || ip->ihl * 4u > length || bpf_ntohs(ip->tot_len) != length)
         return pass(PASS_OTHER); /* also a BIG TCP packet, whose length field is 0 */
     if (expired(c))
         return pass(PASS_EXPIRED);

@@ -468,7 +468,7 @@ fn pins_are_taken_over_if_they_are_ours_and_of_our_size() {
     fourth.pin().unwrap();
     assert!(KernelPath::load(&pins, network, 24).unwrap().taken_over());
     let data = aya::maps::MapData::from_pin(pins.join("config")).unwrap();
-    let mut map: aya::maps::Array<_, [u8; 96]> = aya::maps::Map::Array(data).try_into().unwrap();
+    let mut map: aya::maps::Array<_, [u8; 88]> = aya::maps::Map::Array(data).try_into().unwrap();
     let mut config = map.get(&0, 0).unwrap();
     config[8] += 1; // the layout
     map.set(0, config, 0).unwrap();
