@@ -30,7 +30,7 @@ SYSCONFIG_FILES = ("/etc/sysconfig/flanneld", "/etc/default/flanneld")
 
 OFFLOADS = ("tso", "uso", "gso", "gro")
 """What the kernel can do for the data plane in bulk (native/dataplane/src/offload.rs)."""
-_CHECKED = frozenset({"address", "choice", "number", "offloads", "path", "seconds", "switch"})
+_CHECKED = frozenset({"address", "choice", "number", "offloads", "path", "patterns", "seconds", "switch"})
 """Kinds whose values can be told from nonsense without their user."""
 
 
@@ -328,6 +328,15 @@ class Settings:
     """All settings of one run: `settings.text("prefix")`, `settings.seconds("timeout")`, `settings.source("prefix")`."""
 
     values: dict[str, Value] = field(default_factory=dict)
+    as_flanneld: bool = False
+    """Errors then name flanneld's flags, and where it has none the variable."""
+
+    def flag(self, name: str) -> str:
+        """What to name in an error: a flag that the program has which was started."""
+        row = TABLE[name]
+        if not self.as_flanneld:
+            return row.flag
+        return row.variable if row.flanneld is None else f"-{row.flanneld}"
 
     def text(self, name: str) -> str:
         """The value; KeyError if it has none and no default (ask `optional` then)."""
@@ -371,10 +380,16 @@ class Settings:
         lowest = TABLE[name].lowest
         seconds = parse_seconds(self.text(name))
         if seconds is None:
-            raise self._bad(name, DURATION)
+            raise self._bad(name, self._duration(name))
         if seconds < lowest:
             raise self._bad(name, f"at least {lowest:g}s")
         return seconds
+
+    def _duration(self, name: str) -> str:
+        """flanneld's own flags and variables take whole seconds only."""
+        theirs = {f"-{TABLE[name].flanneld}", f"FLANNELD_{name.upper()}"}
+        whole = self.as_flanneld and self.values[name].name in theirs
+        return "a whole number of seconds, 1 or more" if whole else DURATION
 
     def choice(self, name: str) -> str:
         text, allowed = self.text(name), TABLE[name].choices
@@ -394,6 +409,16 @@ class Settings:
         if text not in {"all", "none"} and (len(set(words)) != len(words) or not {*words} <= {*OFFLOADS}):
             raise self._bad(name, f"all, none, or some of {', '.join(OFFLOADS)} with commas between them")
         return text
+
+    def patterns(self, name: str) -> tuple[str, ...]:
+        import re
+
+        for text in (parts := self.items(name)):
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise self._bad(name, f'a regular expression ("{text}": {error})') from None
+        return parts
 
     def address(self, name: str) -> str:
         from ipaddress import AddressValueError, IPv4Address
@@ -422,7 +447,7 @@ class Settings:
     def _bad(self, name: str, wanted: str) -> UsageError:
         value = self.values[name]
         shown = "(hidden)" if TABLE[name].secret else f'"{masked(name, value.text)}"'
-        return UsageError(f"{TABLE[name].flag} {shown} (from {value.source}) is not {wanted}")
+        return UsageError(f"{self.flag(name)} {shown} (from {value.source}) is not {wanted}")
 
 
 def masked(name: str, text: str) -> str:

@@ -108,13 +108,7 @@ def look(config: NetworkConfig, choice: Choice) -> Machine:
 
     kernel = NetlinkKernel()
     try:
-        underlay = choose_underlay(
-            kernel,
-            iface=choice.iface,
-            iface_regex=choice.iface_regex,
-            iface_can_reach=choice.iface_can_reach,
-            public_ip=choice.public_ip,
-        )
+        underlay = _underlay(kernel, choice)
         warnings = list(overlaps(config.network, kernel, ignore=(DEVICE,)))
         if _forwarding_is_off():
             warnings.append(
@@ -132,6 +126,34 @@ def look(config: NetworkConfig, choice: Choice) -> Machine:
         kernel.close()
         raise
     return Machine(kernel, config, underlay, backend, tuple(warnings))
+
+
+def refuse_choice(choice: Choice) -> None:
+    """Raises what `look` would for an interface or address that somebody chose and that does not fit this host.
+
+    flanneld looks before it asks etcd, and ends with 1 whatever etcd does (network/manager.go). Without a choice it is
+    the default route's interface: a host that boots may get that route later than it starts us, so it is looked for
+    when the config is there.
+    """
+    if not (choice.iface or choice.iface_regex or choice.iface_can_reach or choice.public_ip):
+        return
+    from flanctl.agent.kernel.netlink import NetlinkKernel
+
+    kernel = NetlinkKernel()
+    try:
+        _underlay(kernel, choice)
+    finally:
+        kernel.close()
+
+
+def _underlay(kernel: Kernel, choice: Choice) -> Underlay:
+    return choose_underlay(
+        kernel,
+        iface=choice.iface,
+        iface_regex=choice.iface_regex,
+        iface_can_reach=choice.iface_can_reach,
+        public_ip=choice.public_ip,
+    )
 
 
 def refuse_without_rights() -> None:

@@ -56,4 +56,5 @@ class Signals:
         self.stop_reason = signal.Signals(number).name
         self._post(Stop(self.stop_reason))
         if self._interruptible:
+            self._interruptible = False  # a second signal must not break into the stop
             raise StopRequested

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent.daemon import Agent, Options
-from flanctl.agent.machine import Choice, look, refuse_without_rights
+from flanctl.agent.machine import Choice, look, refuse_choice, refuse_without_rights
 from flanctl.agent.notify import Notify
 from flanctl.clock import BootClock
 from flanctl.errors import UsageError
@@ -38,6 +38,8 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
         data_path=settings.choice("data_path"),
         offloads=settings.offloads("offloads"),
     )
+
+    refuse_choice(choice)
 
     def say(sentence: str, warning: bool) -> None:
         (log.warn if warning else log.info)(sentence)

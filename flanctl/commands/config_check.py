@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 FAIL, WARN = "fail", "warn"
 ENVIRONMENT = "environment"
+NO_BLANK = {"address", "path"}
+"""Kinds whose empty value ends flanneld, where the setting has a default."""
 OURS = {variable: row for row in TABLE.values() for variable in row.variables()}
 THEIRS = {flag.variable: flag for flag in FLAGS.values()}
 KNOWN = (*OURS, *THEIRS, OPTIONS, WRITE_OUT.variable, SHOW_MODULES)
@@ -364,8 +366,10 @@ def _flannel(path: str, entries: list[Entry], settings: Settings) -> Iterator[Fi
 
 
 def _empty_flags(path: str, options: Entry, line: CommandLine) -> Iterator[Finding]:
+    """Of those that may be: the others are found by `remarks` and `_values`."""
+    never = {*NEVER_EMPTY, *(row.flanneld for row in TABLE.values() if row.default and row.kind in NO_BLANK)}
     for name, text in line.flags.items():
-        if not text and name not in NEVER_EMPTY and FLAGS[name].kind in {"string", "list"}:
+        if not text and name not in never and FLAGS[name].kind in {"string", "list"}:
             says = f"{OPTIONS}: -{name} is empty and counts as not given"
             yield Finding(WARN, "empty-value", path, options.line, says, NEXT["empty-value"])
 

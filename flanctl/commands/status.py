@@ -71,8 +71,14 @@ _NEXT = {
     "pool-full": "flanctl capacity; flanctl subnets ls",
     "loop-stalled": "kill the agent, systemd starts it again; its log may say on what it hangs",
     "docker0-old": "restart docker when its containers may stop",
-    "docker-closed": "flanctl docker-opts --accept, then restart docker when its containers may stop; docs/docker.md",
-    "docker-file-stale": "flanctl docker-opts, then restart docker when its containers may stop",
+    "docker-closed": (
+        "give docker-opts in the agent's unit --accept (systemctl edit, ExecStartPost=), then restart the unit"
+        " when containers may stop; docs/docker.md"
+    ),
+    "docker-file-stale": (
+        "restart the agent's unit when containers may stop: its ExecStartPost= writes the file anew;"
+        " then docker, if the unit did not restart it"
+    ),
     "stale-subnet-env": "restart the agent; it writes the file anew",
     "address-gone": "restart the agent once the address is right",
     "two-flannels": "systemctl disable --now flanneld",

@@ -102,6 +102,7 @@ def settings(given: CommandLine, *, environment: Mapping[str, str] | None = None
     ours = {name: text for name, text in env.items() if name.startswith("FLANCTL_")}
     theirs = {FLAGS[name].variable: text for name, text in given.variables.items()}
     chosen = resolve({}, environment=ours | theirs, sysconfig_files=())
+    chosen.as_flanneld = True
     for row in TABLE.values():
         if row.name in DEFAULTS and chosen.source(row.name) == "default":
             chosen.values[row.name] = Value(DEFAULTS[row.name], "flanneld's default")

@@ -192,8 +192,8 @@ def connection(
         raise UsageError(f"no endpoint given ({settings.source('endpoints')} is empty)")
     cert, key = settings.optional("cert"), settings.optional("key")
     if (cert is None) != (key is None):
-        given, missing = ("--cert", "--key") if cert else ("--key", "--cert")
-        raise UsageError(f"{given} needs {missing}")
+        given, missing = ("cert", "key") if cert else ("key", "cert")
+        raise UsageError(f"{settings.flag(given)} needs {settings.flag(missing)}")
     # etcdctl's form: the password behind the name. It must never be taken for a part of the name and be shown.
     user, _, beside = (settings.optional("user") or "").partition(":")
     if beside and settings.source("user").startswith("--"):

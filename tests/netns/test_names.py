@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,6 +175,38 @@ def test_a_wrong_config_is_waited_out_and_a_wrong_interface_or_address_ends_with
         agent = RunningAgent.start(host, tmp_path / str(number), registry, *bad, name="flanneld")
         assert agent.wait_end() == 1
         assert says in agent.log_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    {
+        "-iface=nosuch0": "nosuch0",
+        "-iface-regex=[": "not a regular expression",
+        "-iface-can-reach=abc": '"abc"',
+        "-public-ip=abc": '"abc"',
+    }.items(),
+)
+def test_a_wrong_interface_or_address_ends_with_1_while_etcd_is_away(flag, says, host, tmp_path):
+    """0.7.1 looks it up before it asks etcd; nobody should wait for etcd to hear of it."""
+    bad = ("-etcd-endpoints=http://127.0.0.1:1", f"-etcd-prefix={PREFIX}", flag)
+    agent = RunningAgent.start(host, tmp_path / "agent", "", *bad, name="flanneld")
+    assert agent.wait_end() == 1
+    assert says in agent.log_text()
+    assert "waiting" not in agent.log_text()
+
+
+def test_signals_that_flanneld_dies_of(host, registry, tmp_path):
+    """A second SIGTERM changes nothing in the stop of the first; SIGQUIT ends it by the signal."""
+    flags = (f"-etcd-endpoints={registry}", f"-etcd-prefix={PREFIX}", "-iface=eth0")
+    agent = RunningAgent.start(host, tmp_path / "agent", registry, *flags, name="flanneld").wait()
+    agent.process.send_signal(signal.SIGTERM)
+    assert agent.terminate() == 0
+    assert agent.log_text().count("] stopped after=") == 1
+    no_core = ("prlimit", "--core=0")
+    agent = RunningAgent.start(
+        host, tmp_path / "agent", registry, *flags, name="flanneld", prefix=no_core
+    ).wait()
+    assert agent.terminate(signal.SIGQUIT) == -signal.SIGQUIT
 
 
 @pytest.mark.parametrize("lacking", ["etcd", "config", "subnet"])

@@ -221,6 +221,16 @@ def test_a_docker_file_of_another_subnet_is_a_warning(host):
     answer = host.agent(READY).status()
     assert answer.code == 0
     assert "says --bip=172.17.19.1/24, the lease wants 172.17.41.1/24   [docker-file-stale]" in answer.out
+    assert "next: restart the agent's unit" in " ".join(answer.out.split())
+
+
+def test_the_next_step_of_docker_problems_lasts():
+    """docker-opts by hand is undone, or lacks what the unit gives it, at the agent's next start."""
+    from flanctl.commands.status import _NEXT
+
+    for name in ("docker-closed", "docker-file-stale"):
+        assert "ExecStartPost=" in _NEXT[name]
+        assert "flanctl docker-opts" not in _NEXT[name]
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from flanctl.compat import flanneld, flanneld_start
@@ -237,7 +238,13 @@ def test_an_empty_value_counts_as_not_given_or_is_refused_by_name(name: str) -> 
     else:
         line = given_by(f"-{name}=")
         ours = next((each.name for each in TABLE.values() if each.flanneld == name), None)
-        assert ours is None or flanneld.settings(line, environment={}).optional(ours) is None
+        chosen = flanneld.settings(line, environment={})
+        assert ours is None or chosen.optional(ours) is None
+        if name in {"subnet-file", "healthz-ip"}:
+            with pytest.raises(UsageError, match=f'^-{name} "" '):
+                chosen.check(str(ours))
+        elif ours is not None:
+            chosen.check(ours)
     assert given_by(env={row.variable: ""}).given() == {}
 
 
@@ -325,6 +332,56 @@ def test_the_strongest_source_wins(
     assert chosen.text("prefix") == (flag or ours or theirs or "/coreos.com/network")
 
 
+@given(st.data())
+@hypothesis_settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None
+)
+def test_of_all_places_that_set_a_setting_flannelds_strongest_counts(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """flag, FLANCTL_*, FLANNELD_*, TOML, default; FLANNEL_* and ETCDCTL_* never."""
+    row = data.draw(st.sampled_from(list(TABLE.values())))
+    flag = None if row.flanneld is None else FLAGS[row.flanneld]
+    places = [f"-{flag.name}"] if flag else []
+    places += [name for name in row.variables() if name.startswith(("FLANCTL_", "FLANNELD_"))]
+    places.append(row.name)
+    used = data.draw(st.lists(st.sampled_from(range(len(places))), unique=True).map(sorted))
+    env = dict.fromkeys(set(row.variables()) - set(places), "never")
+    words, toml, told = [], "", []
+    for number in used:
+        name = places[number]
+        text = f"v{number}"
+        if flag and name in {f"-{flag.name}", flag.variable}:
+            text = {"bool": "true" if number else "false", "int": str(number + 7)}.get(flag.kind, text)
+        told.append((text, name))
+        if name.startswith("-"):
+            words.append(f"{name}={text}")
+        elif name == row.name:
+            toml = f"{name} = '{text}'\n"
+        elif data.draw(st.booleans(), label=f"{name} is empty"):
+            env[name] = ""
+            told.pop()
+        else:
+            env[name] = text
+    file = tmp_path / "flanctl.toml"
+    file.write_text(toml)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flanctl.settings.TOML_FILE", str(file))
+        found = settings_by(*words, env=env).values.get(row.name)
+    if told:
+        text, name = told[0]
+        assert found is not None
+        assert (found.text, found.source) == (text, f"{name} in {file}:1" if name == row.name else name)
+    elif row.name in flanneld.DEFAULTS:
+        assert found is not None
+        assert (found.text, found.source) == (flanneld.DEFAULTS[row.name], "flanneld's default")
+    elif row.default is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.text, found.source) == (row.default, "default")
+
+
 @given(
     st.lists(
         st.text(max_size=12) | st.sampled_from([f"-{name}" for name in FLAGS] + ["-v=1", "true"]), max_size=5
@@ -366,6 +423,13 @@ def test_help_and_version_go_to_stderr_and_end_with_0() -> None:
         (["-etcd-prefix="], 2),
         (["-subnet-lease-renew-margin=1440"], 2),
         (["-etcd-certfile=/nosuch"], 2),
+        (["-iptables-resync=0"], 2),
+        (["-subnet-file="], 2),
+        (["-healthz-ip="], 2),
+        (["-iface=nosuch0"], 1),
+        (["-iface-regex=["], 1),
+        (["-iface-can-reach=abc"], 1),
+        (["-public-ip=abc"], 1),
         (["-etcd-endpoints=https://127.0.0.1:1", "-etcd-cafile=/nosuch"], 1),
     ],
 )
@@ -375,6 +439,28 @@ def test_exit_codes(words: list[str], code: int, tmp_path: Path) -> None:
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "says"),
+    [
+        (["-etcd-certfile=/x"], {}, "-etcd-certfile needs -etcd-keyfile"),
+        (["-etcd-keyfile=/x"], {}, "-etcd-keyfile needs -etcd-certfile"),
+        (["-iptables-resync=0"], {}, '-iptables-resync "0" (from -iptables-resync) is not a whole number'),
+        ([], {"FLANNELD_IPTABLES_RESYNC": "-3"}, "is not a whole number of seconds, 1 or more"),
+        ([], {"FLANCTL_IPTABLES_RESYNC": "0"}, "is not a duration such as 5s"),
+        ([], {"FLANCTL_STATE_DIR": "", "FLANCTL_PEER_CHECK": "x"}, 'FLANCTL_PEER_CHECK "x" (from'),
+    ],
+)
+@pytest.mark.needs("root")
+def test_an_error_names_what_flanneld_has(
+    words: list[str], env: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    dirs = {"FLANCTL_RUN_DIR": str(tmp_path), "FLANCTL_STATE_DIR": str(tmp_path)}
+    done = run("flanneld", *words, **(dirs | env))
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "--" not in done.stderr
 
 
 # ---- flanneld-start -------------------------------------------------------------------------------------------------
