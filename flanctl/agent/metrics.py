@@ -1,8 +1,9 @@
 """`/metrics`: the Prometheus text format, version 0.0.4.
 
 `TABLE` is the promise: every name with its type and meaning; docs/monitoring.md has the same table and a test
-compares them. Only what is truly fed is in it, every label value known beforehand is there from the start with 0, and
-nothing grows with the number of peers. Times are timestamps (seconds since 1970), not ages.
+compares them. Only what is truly fed is in it, and every label value known beforehand is there from the start with 0. Of
+all that is there only flanctl_peer_… grows with the number of peers, up to MOST_PEERS. Times are timestamps (seconds
+since 1970), not ages.
 """
 
 from __future__ import annotations

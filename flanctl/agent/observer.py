@@ -143,7 +143,7 @@ class Observer:
             self._trouble.pop(worker, None)
 
     def learned(self, table: LeaseTable) -> None:
-        """A complete picture of all leases. Those that are only still routed to take no subnet."""
+        """A complete picture of all leases. Those only still routed to take no subnet, or count as unreadable."""
         reserved = sum(lease.reservation for lease in table.leases)
         reserved -= sum(lease.reservation for lease in table.kept)
         bad_keys = sum(one.problem == "bad-key" for one in table.unreadable)

@@ -245,8 +245,10 @@ def _registry_words(document: Mapping[str, Any]) -> str | None:
     words = str(registry["store"])
     if registry["watch_revision"] is not None:
         words += f", watch at revision {registry['watch_revision']}"
-    if registry["last_word_seconds_ago"] is not None:
-        words += f", last word {output.age(registry['last_word_seconds_ago'])} ago"
+    if (
+        registry["watch_seconds_ago"] is not None
+    ):  # not when any request was answered last: a watch may be dead
+        words += f", last word {output.age(registry['watch_seconds_ago'])} ago"
     return words
 
 

@@ -71,7 +71,7 @@ class LeaseTable:
     unreadable: tuple[UnreadableLease, ...]
     revision: int
     kept: tuple[Lease, ...] = ()
-    """Those of `leases` that are gone from the registry but still routed to (peers.py says why)."""
+    """Those of `leases` that are gone from the registry or unreadable there, but still routed to (peers.py says why)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ route for it). Listing again every ten minutes finds what a silent watch missed.
 Traffic that flows keeps flowing, so a lease that goes is routed to a little longer (`LeaseTable.kept`), until somebody
 else has its subnet or its host another one:
 
+- while its key is there with a value that cannot be read: the host has not left, somebody garbled its key (flannel's own
+  advice `etcdctl put KEY $(etcdctl get KEY)` writes the key into the value), and only its end or its deletion says more
 - after a delete, `GRACE_SECONDS`: a live host whose key was deleted or ended has written it again by then
 - after a list in which leases are missing *and* the registry does not look like the one we knew, `DOUBT_SECONDS`: its
   revision went back, or the network's config is gone from it, or our own lease is among the missing. So looks a server
@@ -22,6 +24,7 @@ A follower may begin with what an agent before it knew (`known`): then its first
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from dataclasses import dataclass
@@ -103,7 +106,7 @@ class Follower:
         self._lock = threading.Lock()
         self._known: dict[str, Lease | UnreadableLease] = {lease.key: lease for lease in known}
         self._kept: dict[str, tuple[Lease, float]] = {}
-        """Leases that are gone, and until when they are kept all the same."""
+        """What leases that are gone or unreadable said last, and until when they are kept all the same."""
         self._revision = revision
         self._config: Entry | None = None
         self._had_config = bool(known)
@@ -183,8 +186,11 @@ class Follower:
             changed = known.keys() != before.keys() or any(
                 not _same(before[key], one) for key, one in known.items()
             )
+            last_said = {key: self._last_said(key) for key in (*before, *self._kept)}
             missing = {
-                key: lease for key, lease in before.items() if isinstance(lease, Lease) and key not in known
+                key: lease
+                for key, lease in last_said.items()
+                if lease is not None and key in before and key not in known
             }
             why = self._why_doubt(missing, table.revision, config)
             if why is None and self._doubt is not None and self._is_not_whole(known, config):
@@ -194,9 +200,9 @@ class Follower:
             until = now + (GRACE_SECONDS if why is None else DOUBT_SECONDS)
             for key, lease in missing.items():
                 self._kept[key] = lease, until
-            for key in known:
-                self._kept.pop(key, None)
-            told, missed = why != self._doubt, len(self._kept)
+            told, missed = why != self._doubt, len(self._kept.keys() - known.keys())
+            for key, one in known.items():
+                self._keep_unless_readable(key, one, last_said.get(key))
             self._doubt = why
             self._known = known
             self._revision = table.revision
@@ -304,15 +310,31 @@ class Follower:
             self._revision = revision
             if isinstance(event, Put):
                 found = self._leases.read(event.entry)
-                before = self._known.get(key)
+                before, last_said = self._known.get(key), self._last_said(key)
                 self._known[key] = found
-                self._kept.pop(key, None)
+                self._keep_unless_readable(key, found, last_said)
                 return not _same(before, found)
+            last_said = self._last_said(key)
             gone = self._known.pop(key, None)
-            if isinstance(gone, Lease):
-                self._kept[key] = gone, self._clock.now() + GRACE_SECONDS
+            if gone is not None and last_said is not None:
+                self._kept[key] = last_said, self._clock.now() + GRACE_SECONDS
                 self._stir.set()
             return gone is not None
+
+    def _last_said(self, key: str) -> Lease | None:
+        """The lease under this key, or the one that was there before it went or became unreadable, while that is kept."""
+        known = self._known.get(key)
+        if isinstance(known, Lease):
+            return known
+        return self._kept[key][0] if key in self._kept else None
+
+    def _keep_unless_readable(
+        self, key: str, found: Lease | UnreadableLease, last_said: Lease | None
+    ) -> None:
+        """Under a key that is there, a lease counts, or else what one said last."""
+        self._kept.pop(key, None)
+        if not isinstance(found, Lease) and last_said is not None:
+            self._kept[key] = last_said, math.inf
 
     def _mark(self) -> None:
         with self._lock:

@@ -29,6 +29,35 @@ def test_the_mode_does_not_depend_on_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o644
 
 
+def test_what_power_loss_could_take_is_on_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path, monkeypatch
+):
+    """Written, the file synced, renamed, the directory synced: in any other order a name may show an empty file."""
+    done = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append(("fsync", path, path.read_bytes() if path.is_file() else None))
+        fsync(handle)
+
+    def renamed(old, new):
+        done.append(("rename", Path(old), Path(new)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    folder = tmp_path / "flannel"
+    write_atomically(folder / "subnet.env", b"whole\n")
+    temporary = done[1][1]
+    assert done == [
+        ("fsync", tmp_path, None),  # the name of the directory that was made
+        ("fsync", temporary, b"whole\n"),
+        ("rename", temporary, folder / "subnet.env"),
+        ("fsync", folder, None),
+    ]
+
+
 def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path):
     target = tmp_path / "f"
     target.mkdir()

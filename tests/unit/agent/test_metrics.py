@@ -125,7 +125,7 @@ def test_a_problem_is_1_and_one_of_an_unknown_kind_makes_no_series():
     assert not any('id="new"' in key for key in shown)
 
 
-def test_the_page_does_not_grow_with_peers_and_problems():
+def test_but_for_the_peers_traffic_the_page_does_not_grow_with_peers_and_problems():
     small = page()
     large = page(replace(FULL, peers=5000, found=tuple(Problem("bad-key", f"{n}") for n in range(5000))))
     assert len(large.splitlines()) == len(small.splitlines())

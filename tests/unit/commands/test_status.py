@@ -128,6 +128,19 @@ def test_the_screen_of_a_ready_host(host):
     ]
 
 
+def test_the_age_on_the_screen_is_the_watchs_own_though_other_requests_are_answered(host):
+    answer = host.agent(replace(READY, watched=NOW.boot - 100, answered=NOW.boot - 1)).status()
+    assert "watch at revision 48211, last word 1m ago" in answer.out
+
+
+def test_which_api_was_taken_and_why_is_on_the_screen_and_in_json(host):
+    why = "both hold /jxdd/network/config"
+    answer = host.agent(replace(READY, registry=f"etcd v3 over gRPC at http://m:2379 ({why})")).status()
+    assert f"ok    registry   etcd v3 over gRPC at http://m:2379 ({why}), watch at" in answer.out
+    document = json.loads(host.status("-w", "json").out)
+    assert document["registry"]["store"].endswith(f"({why})")
+
+
 def test_an_offload_that_was_given_up_is_on_the_screen_with_its_reason(host):
     lost = {"tso": (True, ""), "gso": (False, "IPsec covers a route (EIO)")}
     answer = host.agent(READY, offloads=lost).status()

@@ -27,9 +27,7 @@ class Followed:
 
     def __init__(self, store, clock, **more):
         self.inbox = queue.SimpleQueue()
-        self.follower = Follower(
-            Leases(store, PREFIX, Dialect.V0_28, clock), self.inbox.put, relist_seconds=600, **more
-        )
+        self.follower = Follower(Leases(store, PREFIX, Dialect.V0_28, clock), self.inbox.put, **more)
         self.thread = threading.Thread(target=self.follower.run)
         self.thread.start()
 
@@ -144,6 +142,82 @@ def test_bad_keys_and_values_never_hide_the_others(store, follow):
     assert [bad.problem for bad in one.follower.table().unreadable] == ["bad-value", "bad-key"]
 
 
+def garbled(third):
+    """What `etcdctl put KEY $(etcdctl get KEY)` leaves there: the key, then the value."""
+    return f'{PREFIX}/subnets/172.17.{third}.0-24\n{{"PublicIP":"192.168.6.{third}"}}'.encode()
+
+
+@pytest.mark.parametrize("how", ["watched", "listed"])
+def test_hosts_whose_values_become_unreadable_keep_their_routes_until_their_keys_go(
+    store, follow, clock, how
+):
+    """flannel.md 11, row 4: there, one such value takes the routes of all."""
+    entries = [put(store, third, address=third, ttl=None) for third in range(1, 12)]
+    one = follow()
+    one.next(ConfigSeen)
+    all_of_them = one.subnets()
+
+    def change(number, value):
+        before = store.get(entries[number].key)
+        store.replace(before.key, value, ttl=None, expected=before.revision)
+
+    def bad():
+        if how == "listed":
+            store.compact()
+        return [bad.subnet for bad in one.follower.table().unreadable]
+
+    for number in range(10):
+        change(number, garbled(number + 1))
+    until(lambda: len(bad()) == 10)
+    change(0, b"{")  # unreadable in another way
+    one.follower.table()
+    lists = one.follower._leases.store.calls.count("list")
+    until(
+        lambda: (clock.advance(30.0), one.follower._leases.store.calls.count("list") > lists + 2)[1],
+        seconds=15,
+    )
+    table = one.follower.table()
+    assert [str(lease.subnet) for lease in table.leases] == all_of_them
+    assert len(table.kept) == len(table.unreadable) == 10
+    assert one.follower._doubt is None
+
+    change(0, b'{"PublicIP":"192.168.6.77"}')  # its host put it right, with another address
+    store.delete(entries[1].key)  # its host left
+    until(lambda: (clock.advance(0.5), one.subnets() == [all_of_them[0], *all_of_them[2:]])[1])
+    table = one.follower.table()
+    assert str(table.leases[0].attributes.public_ip) == "192.168.6.77"
+    assert len(table.kept) == len(table.unreadable) == 8
+
+
+def test_a_garbled_lease_gives_way_to_its_host_in_another_subnet(store, follow):
+    first, second = put(store, 1, address=1), put(store, 2, address=2)
+    one = follow()
+    one.next(ConfigSeen)
+    store.replace(first.key, garbled(1), ttl=86400, expected=first.revision)
+    store.replace(second.key, garbled(2), ttl=86400, expected=second.revision)
+    put(store, 7, address=1)
+    until(lambda: one.subnets() == ["172.17.2.0/24", "172.17.7.0/24"])
+
+
+def test_a_garbled_lease_that_is_gone_from_a_list_is_kept_as_long_as_a_readable_one(store, clock):
+    store.create(f"{PREFIX}/config", b"{}", ttl=None)
+    entry = put(store, 1, address=1)
+    client = store.another()
+    one = Followed(client, clock)
+    try:
+        one.next(ConfigSeen)
+        store.replace(entry.key, garbled(1), ttl=86400, expected=entry.revision)
+        until(lambda: one.follower.table().unreadable)
+        client.fail("event", AWAY)
+        one.next(RegistryTrouble)
+        store.delete(entry.key)
+        until(lambda: (clock.advance(0.05), not one.follower.table().unreadable)[1])
+        assert one.subnets() == ["172.17.1.0/24"]
+        until(lambda: (clock.advance(0.5), one.subnets() == [])[1])
+    finally:
+        one.stop()
+
+
 def test_after_compaction_the_difference_is_found_by_listing(store, follow):
     put(store, 1)
     one = follow()
@@ -187,10 +261,18 @@ def test_an_event_the_watch_never_told_is_found_by_the_next_list(store, clock):
         one.stop()
 
 
-def test_the_list_is_read_again_after_ten_minutes(store, follow, clock):
-    one = follow()
-    one.next(PeersChanged)
-    until(lambda: (clock.advance(700.0), one.follower._leases.store.calls.count("list") >= 2)[1], seconds=15)
+def test_the_list_is_read_again_after_ten_minutes_a_tenth_more_or_less_and_no_sooner(store):
+    clock, client = NotesPauses(), store.another()
+    one = Followed(client, clock)
+    try:
+        for times in (1, 2, 3):
+            until(lambda times=times: len(clock.pauses) == times and clock.waiting == 1)
+            assert client.calls.count("list") == times
+            assert 540 <= clock.pauses[-1] <= 660
+            clock.advance(clock.pauses[-1])
+        until(lambda: client.calls.count("list") == 4)
+    finally:
+        one.stop()
 
 
 class Swapped:
