@@ -546,7 +546,8 @@ class Agent:
                 with self._signals.waiting():
                     stored = read_config(self._store, self._options.prefix, self._dialect)
             except (RegistryUnreachable, NotFound) as error:
-                if isinstance(error, RegistryUnreachable) and (config := self._known_config()) is not None:
+                # An etcd that lost its data is empty: as running agents do, put the lease back and let packets flow.
+                if (config := self._known_config()) is not None:
                     self._log.warn(f"registry: {error.message}", **hint(error))
                     return config
                 self._wait_on(error)

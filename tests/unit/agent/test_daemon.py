@@ -935,6 +935,38 @@ def test_a_restart_after_data_loss_puts_the_lease_back_and_says_that_the_config_
     house.live(script)
 
 
+def test_an_agent_started_on_a_registry_that_came_back_empty_carries_packets_and_puts_its_lease_back(house):
+    key = ran_with_a_peer(house)
+    for entry in house.registry.list(PREFIX).entries:
+        house.registry.delete(entry.key)
+    house.store._failures.clear()  # it answers from the start on
+
+    def script():
+        house.ready()
+        until(lambda: (house.clock.advance(5), house.ours() == [key])[1])
+        until(lambda: {"no-config", "registry-doubted"} <= set(problem_ids(house)))
+        assert set(house.backend.applied) == {("172.17.9.0/24",)}
+
+    house.live(script)
+    assert "going on with what we knew last: 172.17." in house.log()
+
+
+def test_an_agent_whose_known_lease_has_ended_waits_for_the_config_of_an_empty_registry(house):
+    ran_with_a_peer(house)
+    for entry in house.registry.list(PREFIX).entries:
+        house.registry.delete(entry.key)
+    house.store._failures.clear()
+    path = house.folder / "state" / "known.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ends": 1.0}))
+
+    def script():
+        house.said("waiting: ")
+        assert house.backend.applied == []
+
+    house.live(script)
+    assert house.ours() == []
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
