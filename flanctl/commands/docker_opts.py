@@ -22,6 +22,8 @@ NEEDED = ("FLANNEL_SUBNET", "FLANNEL_MTU", "FLANNEL_IPMASQ")
 _TARGETS = {"env": "/run/flannel/docker", "json": "/etc/docker/daemon.json", "network": "-"}
 _MAX_JSON = 1_000_000
 """Bytes of a daemon.json we touch; an operator's has a few hundred."""
+DAEMON_JSON = Path(_TARGETS["json"])
+"""Where dockerd is told which firewall backend to use."""
 
 
 @click.command()
@@ -50,10 +52,11 @@ _MAX_JSON = 1_000_000
     "network create.",
 )
 @click.option(
-    "--accept",
-    is_flag=True,
+    "--accept/--no-accept",
+    default=None,
     help="Add what lets packets of other hosts in where the agent's rules cannot: Docker 29's nftables backend, or a "
-    "network of its own. Older daemons refuse the options.",
+    "network of its own. Older daemons refuse the options. Without either, where daemon.json says "
+    '"firewall-backend": "nftables".',
 )
 @click.option(
     "-i", "individual", is_flag=True, help="Write DOCKER_OPT_* lines (with neither -i nor -c: both)."
@@ -79,7 +82,7 @@ def docker_opts(
     subnet_file: str,
     target: str | None,
     form: str,
-    accept: bool,
+    accept: bool | None,
     individual: bool,
     combined: bool,
     no_ip_masq: bool,
@@ -105,6 +108,8 @@ def docker_opts(
     if form != "env" and (individual or combined):
         raise UsageError(f"-i and -c are about the lines of --format env, not {form}")
     variables = _variables(subnet_file)
+    if accept is None:
+        accept = form != "network" and _has_nftables_backend(Path(where) if form == "json" else DAEMON_JSON)
     mode, ip_masq = 0o644, not no_ip_masq
     if form == "json":
         from flanctl.model.docker_formats import daemon_settings
@@ -138,6 +143,21 @@ def docker_opts(
     output.note(f"wrote {told}")
     if service is not None and changed:
         restart(service)
+
+
+def _has_nftables_backend(path: Path) -> bool:
+    """Whether dockerd's settings name that backend. A file it would not start with either is not ours to judge."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON)
+        if b"nftables" not in content:
+            return False
+        import json
+
+        settings = json.loads(content)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and settings.get("firewall-backend") == "nftables"
 
 
 def _daemon_json(where: str, settings: Mapping[str, str | int | bool]) -> tuple[str, int]:

@@ -72,8 +72,8 @@ _NEXT = {
     "loop-stalled": "kill the agent, systemd starts it again; its log may say on what it hangs",
     "docker0-old": "restart docker when its containers may stop",
     "docker-closed": (
-        "give docker-opts in the agent's unit --accept (systemctl edit, ExecStartPost=), then restart the unit"
-        " when containers may stop; docs/docker.md"
+        "if daemon.json names the nftables backend, restart the agent's unit when containers may stop; if dockerd's"
+        " command line does, give docker-opts in that unit --accept first (ExecStartPost=); docs/docker.md"
     ),
     "docker-file-stale": (
         "restart the agent's unit when containers may stop: its ExecStartPost= writes the file anew;"

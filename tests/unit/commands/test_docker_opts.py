@@ -6,7 +6,9 @@ import json
 import stat
 
 import pytest
+from click.testing import CliRunner
 
+from flanctl.commands import docker_opts as command
 from tests.support.cli import flanctl
 
 NOTE = (
@@ -139,6 +141,39 @@ def test_accept_adds_what_the_nftables_backend_needs(env_file):
         'DOCKER_NETWORK_OPTIONS=" --allow-direct-routing --bip=172.17.41.1/24 '
         '--bridge-accept-fwmark=0x4000000/0x4000000 --ip-masq=true --mtu=1472"\n'
     )
+
+
+@pytest.mark.parametrize(
+    ("daemon_json", "options", "accepted"),
+    [
+        ('{"firewall-backend": "nftables"}', (), True),
+        ('{"firewall-backend": "nftables"}', ("--no-accept",), False),
+        ('{"firewall-backend": "nftables"}', ("--format", "network"), False),
+        ('{"firewall-backend": "iptables"}', (), False),
+        ('{"firewall-backend": "iptables"}', ("--accept",), True),
+        ('{"data-root": "/nftables"}', (), False),
+        ('["nftables"]', (), False),
+        ('{"firewall-backend": "nftables",', (), False),
+        ("[" * 100_000 + '"nftables"', (), False),
+        (None, (), False),
+    ],
+)
+def test_where_daemon_json_names_the_nftables_backend_nobody_has_to_ask(
+    tmp_path, env_file, monkeypatch, daemon_json, options, accepted
+):
+    monkeypatch.setattr(command, "DAEMON_JSON", tmp_path / "daemon.json")
+    if daemon_json is not None:
+        command.DAEMON_JSON.write_text(daemon_json)
+    answer = CliRunner().invoke(command.docker_opts, ["-f", str(env_file), "-d", "-", *options])
+    assert answer.exit_code == 0, answer.output
+    assert ("--allow-direct-routing" in answer.output) is accepted
+
+
+def test_json_itself_says_whether_it_needs_accept(tmp_path, env_file):
+    target = tmp_path / "daemon.json"
+    target.write_text('{"firewall-backend": "nftables"}')
+    assert flanctl("docker-opts", "--format", "json", "-f", env_file, "-d", target).code == 0
+    assert json.loads(target.read_text())["bridge-accept-fwmark"] == "0x4000000/0x4000000"
 
 
 def test_json_is_merged_into_the_file_and_its_mode_kept(tmp_path, env_file):
