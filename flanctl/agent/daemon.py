@@ -210,6 +210,11 @@ class Agent:
         self._memo: dict[int, tuple[Lease, Peer]] = {}
         self._keeper: Keeper
         self._accept: DockerAccept
+        self._settled: int | None = None
+        """The generation of the firewall's rules in which ours were found as wanted; looked at all the same once a
+        minute, for what no generation tells: another iptables, a Docker that came."""
+        self._look_again = 0.0
+        self._trouble: str | None = None
         self._follower: Follower
         self._announcer: Announcer
         self.problems = Problems(log, self._observer.noted)
@@ -480,7 +485,7 @@ class Agent:
                 self._log.info(
                     "SIGHUP: device, routes and rules are compared now; settings are read at the start only"
                 )
-                self._reload = True
+                self._reload, self._settled = True, None
                 self._move(config, held)
             case PathFailed(why):
                 self._observer.path_failed(why)
@@ -810,26 +815,34 @@ class Agent:
             return
         repaired, failed = list(report.repaired), list(report.failed)
         rules_error: str | None = None
-        if with_rules:
+        before = machine.ruleset_generation() if with_rules else None
+        look = with_rules and (before is None or before != self._settled or self._looked >= self._look_again)
+        if look:
             try:
                 repaired += rules.ensure(masq=self._options.ip_masq, forward=self._options.forward_rules)
             except FlanctlError as error:
                 rules_error = error.message
                 failed.append(error.message)
         rules_repaired = len(repaired) - len(report.repaired)
-        accept = self._accept.ensure() if with_rules else None
+        accept = self._accept.ensure() if look else None
         if accept is not None:
             repaired += accept.repaired
             failed += [words for words in (accept.error, accept.closed) if words is not None]
-        trouble = machine.underlay_trouble() if with_rules else None
+            # As it was before the look: what somebody changes meanwhile is looked at the next time.
+            self._settled = (
+                None if rules_repaired or accept.repaired or rules_error or accept.error else before
+            )
+            self._look_again = self._looked + MINUTE
+        if with_rules:
+            self._trouble = machine.underlay_trouble()
         self._observer.applied(
             report,
             seconds=self._clock.now() - self._looked,
-            rules=self._options.ip_masq + self._options.forward_rules if with_rules else None,
+            rules=self._options.ip_masq + self._options.forward_rules if look else None,
             rules_repaired=rules_repaired,
             rules_error=rules_error,
             accept=accept,
-            address_trouble=trouble,
+            address_trouble=self._trouble,
             peers=len(self._peers or ()),
             flanctl_peers=self._count_flanctl(),
         )
@@ -845,8 +858,8 @@ class Agent:
         for sentence in failed:
             if count := self._repeated.worth_saying(sentence):
                 self._log.warn(sentence, times=count)
-        if trouble and (count := self._repeated.worth_saying(trouble)):
-            self._log.warn(trouble, times=count, id="address-gone")
+        if with_rules and self._trouble and (count := self._repeated.worth_saying(self._trouble)):
+            self._log.warn(self._trouble, times=count, id="address-gone")
         if self.phase is Phase.LEASED:
             self._get_ready(config, machine, held)
 

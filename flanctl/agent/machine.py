@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent.kernel.docker_accept import DockerAccept
+from flanctl.agent.kernel.ruleset import generation
 from flanctl.agent.kernel.rules import IptablesRules
 from flanctl.agent.underlay import choose_underlay, overlaps
 from flanctl.errors import FlanctlError, Invalid, NotPermitted
@@ -49,6 +50,10 @@ class Machine:
 
     def rules(self, subnet: IPv4Network) -> IptablesRules:
         return IptablesRules(self.config.network, subnet)
+
+    def ruleset_generation(self) -> int | None:
+        """Another number whenever somebody has changed a firewall rule; None where that cannot be told."""
+        return generation()
 
     def docker_accept(self, subnet: IPv4Network, *, wanted: bool) -> DockerAccept:
         return DockerAccept(self.config.network, subnet, self.backend.device, wanted=wanted)

@@ -179,9 +179,10 @@ class Observer:
         """What one look at the kernel found and did, for so many peers, of which so many run flanctl (None: not known).
 
         `rules`: how many chains are wanted, `accept`: what became of Docker's accept rules; None if nobody looked.
+        `address_trouble`: what is wrong with the underlay's address, as far as is known.
         """
         self.meters.apply_seconds.observe(seconds)
-        self._path = None
+        self._path, self._address_trouble = None, address_trouble
         found: list[Problem] = []
         objects = {one.kind: (one.wanted, one.missing) for one in report.objects}
         before_ready = self.snapshot.state != "ready"  # what is made for the first time is no repair
@@ -193,7 +194,7 @@ class Observer:
             objects["rule"] = rules, missing
             self.meters.repairs.add("rule", count=0 if before_ready else rules_repaired)
             self.meters.failures.add("rule", count=missing)
-            self._rules_error, self._address_trouble = rules_error, address_trouble
+            self._rules_error = rules_error
         elif (before := self._objects.get("rule")) is not None:
             objects["rule"] = before
         if accept is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flanctl.agent.kernel.rules import IptablesRules
+from flanctl.agent.kernel.ruleset import generation
 from tests.support.namespaces import new_namespace
 
 if TYPE_CHECKING:
@@ -109,3 +110,31 @@ def test_another_subnet_replaces_the_rules_of_the_old_one(rules: IptablesRules) 
 def test_looking_changes_nothing(rules: IptablesRules) -> None:
     rules.check()
     assert (listing("nat"), listing("filter")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "iptables -A FORWARD -j ACCEPT",
+        "iptables -t nat -F",
+        "iptables -P FORWARD DROP",
+        "nft add table ip somebody",
+        "nft flush ruleset",
+        "printf '*mangle\\n-A PREROUTING -j ACCEPT\\nCOMMIT\\n' | iptables-restore",
+    ],
+)
+def test_every_change_is_a_new_generation_and_a_look_is_none(rules: IptablesRules, change: str) -> None:
+    rules.ensure(masq=True, forward=True)
+    before = generation()
+    assert before is not None
+    assert rules.ensure(masq=True, forward=True) == ()
+    assert generation() == before
+    subprocess.run(["sh", "-c", change], check=True)
+    assert generation() not in {before, None}
+
+
+def test_legacy_tables_keep_the_agent_looking(rules: IptablesRules) -> None:
+    rules.ensure(masq=True, forward=True)
+    assert generation() is not None
+    subprocess.run(["iptables-legacy", "-A", "FORWARD", "-j", "ACCEPT"], check=True)
+    assert generation() is None

@@ -23,10 +23,10 @@ import os
 import shutil
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent.kernel.iptables import Iptables, search_path, target_of, words_of
+from flanctl.agent.kernel.ruleset import legacy_tables
 from flanctl.errors import FlanctlError
 from flanctl.model.docker_options import ACCEPT_MARK
 
@@ -44,7 +44,6 @@ USER_CHAIN = "DOCKER-USER"
 NFT_TABLE = "docker-bridges"
 """Of family ip: where Docker's nftables backend has its rules; they name themselves by comments."""
 _TABLES = ("raw", "mangle", "filter")
-_LEGACY_TABLES = Path("/proc/net/ip_tables_names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +249,7 @@ class DockerAccept:
             return found
         own = os.path.basename(os.path.realpath(shutil.which("iptables", path=search_path()) or ""))
         other = "iptables-nft" if "legacy" in own else "iptables-legacy"
-        if (other == "iptables-nft" or _legacy_tables()) and shutil.which(other, path=search_path()):
+        if (other == "iptables-nft" or legacy_tables()) and shutil.which(other, path=search_path()):
             found.append(Iptables(other))
         return found
 
@@ -262,13 +261,6 @@ def docker_is_here() -> bool:
     except OSError:
         return shutil.which("dockerd", path=search_path()) is not None
     return True
-
-
-def _legacy_tables() -> bool:
-    try:
-        return bool(_LEGACY_TABLES.read_text().split())
-    except OSError:
-        return False
 
 
 def _chain(saved: str, name: str) -> tuple[bool, list[tuple[list[str], str]]]:

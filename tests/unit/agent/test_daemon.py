@@ -164,6 +164,9 @@ class FakeMachine:
     def docker_accept(self, subnet: IPv4Network, *, wanted: bool) -> FakeAccept:
         return self._house.accept
 
+    def ruleset_generation(self) -> int | None:
+        return self._house.generation
+
     def underlay_trouble(self) -> str | None:
         return self._house.trouble
 
@@ -184,6 +187,7 @@ class House:
         self.folder = folder
         self.clock = FakeClock()
         self.trouble: str | None = None
+        self.generation: int | None = None
         self.bridge: tuple[str, ...] | None = None
         self.registry = MemoryStore(self.clock)
         self.subnet_file = folder / "run" / "subnet.env"
@@ -1163,6 +1167,45 @@ def test_every_resync_compares_device_and_rules_anew(house):
         house.clock.advance(5)
         house.agent._inbox.put(LinkChanged())
         house.said("repaired: rules were gone")
+
+    house.live(script)
+
+
+def test_rules_are_looked_at_when_somebody_changed_one_and_once_a_minute(house):
+    house.generation = 7
+
+    def looks(turns: int, seconds: float = 5) -> int:
+        """Looks at the kernel, so many seconds apart, that were looks at the rules, too."""
+        before = house.steps.count("rules")
+        for _ in range(turns):
+            applied = len(house.backend.applied)
+            house.clock.advance(seconds)
+            house.agent._inbox.put(LinkChanged())
+            until(lambda applied=applied: len(house.backend.applied) > applied)
+        # What is behind the last apply is done when the loop takes the next message.
+        house.agent._inbox.put(ShowCounters())
+        counters = house.log().count("counters")
+        until(lambda: house.log().count("counters") > counters)
+        return house.steps.count("rules") - before
+
+    def script():
+        house.ready()
+        assert looks(3) == 0
+        house.generation = 8
+        assert looks(3) == 1
+        house.rules.answers = [("rules were gone",)]  # found and mended at one look, confirmed at the next
+        house.generation = 9
+        assert looks(4) == 2
+        house.said("repaired: rules were gone")
+        house.rules.answers = [FlanctlError("iptables: no")] * 2
+        house.generation = 10
+        assert looks(5) == 3
+        assert looks(1, seconds=60) == 1
+        assert looks(1) == 0
+        house.agent._inbox.put(Reload())
+        assert looks(1) >= 1
+        house.generation = None
+        assert looks(3) == 3
 
     house.live(script)
 
