@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flanctl.agent.kernel.docker_accept import DockerAccept
-from flanctl.agent.kernel.ruleset import generation
 from flanctl.agent.kernel.rules import IptablesRules
+from flanctl.agent.kernel.ruleset import generation
 from flanctl.agent.underlay import choose_underlay, overlaps
 from flanctl.errors import FlanctlError, Invalid, NotPermitted
 
