@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require",
         default="",
         metavar="CAPABILITY,…",
-        help="capabilities whose absence is a failure, not a skip (`all` for every one)",
+        help="capabilities whose absence is a failure, not a skip (`all`: every one but what only some kernels have)",
     )
 
 
@@ -37,7 +37,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     wanted = str(item.config.getoption("--require"))
-    required = set(capabilities.NAMES) if wanted == "all" else set(filter(None, wanted.split(",")))
+    required = (
+        set(capabilities.NAMES) - capabilities.OPTIONAL
+        if wanted == "all"
+        else set(filter(None, wanted.split(",")))
+    )
     for mark in item.iter_markers("needs"):
         for name in mark.args:
             missing = capabilities.missing(name)

@@ -384,9 +384,9 @@ def test_without_dev_net_tun_it_says_so(place: Place) -> None:
 
 
 def test_an_underlay_too_narrow_for_the_tunnel_is_refused(place: Place) -> None:
-    place.host.set_mtu(600)
+    place.host.set_mtu(90)
     try:
-        refused(place, 1, "MTU of 600 leaves 572 bytes")
+        refused(place, 1, "MTU of 90 leaves 62 bytes")
     finally:
         place.host.set_mtu(1500)
 

@@ -137,7 +137,7 @@ def test_the_hardened_agent_is_ready_carries_docker_and_says_so(host, unit):
     assert _active(host, unit)
     assert "subnet=172.17." in host.show(unit, "StatusText")
     status = host.ok("cat", f"/proc/{_pid(host, unit)}/status")
-    assert int(re.search(r"CapBnd:\s*(\w+)", status)[1], 16).bit_count() == 6
+    assert int(re.search(r"CapBnd:\s*(\w+)", status)[1], 16).bit_count() == 7
     assert re.search(r"NoNewPrivs:\s*1", status)
     assert re.search(r"Seccomp:\s*2", status)
     assert "FLANNEL-FWD" in host.ok("iptables-save")
@@ -293,6 +293,6 @@ def test_systemd_judges_the_exposure_as_the_docs_say(host):
     host.ok("flanctl", "install", "--yes")
     try:
         judged = host.ok("systemd-analyze", "security", "--no-pager", AGENT)
-        assert "Overall exposure level for flanctl-agent.service: 3.5 OK" in judged
+        assert "Overall exposure level for flanctl-agent.service: 3.6 OK" in judged
     finally:
         host.ok("flanctl", "uninstall", "--yes")
