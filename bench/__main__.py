@@ -88,8 +88,12 @@ def main() -> int:
         sys.stdout.write(compared(result, *last_committed()))
         return 0
     _, last = last_committed()
+    of_row = {row.name: row.metrics for row in ROWS}
     for name in kept:
-        result[name] = last[name]
+        if name in of_row:
+            result["samples"] |= {one.name: last["samples"].get(one.name, {}) for one in of_row[name]}
+        else:
+            result[name] = last[name]
         result["conditions"].setdefault("kept", {})[name] = (
             last["conditions"].get("kept", {}).get(name, last["when"])
         )
