@@ -10,6 +10,7 @@ registry, where it ends by itself.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -160,11 +161,11 @@ def _unlink(path: Path) -> None:
 
 
 def _rmdir(folder: Path) -> None:
-    """Somebody may have put a file there meanwhile; then it stays."""
+    """Somebody may have put a file there meanwhile, or something may be mounted there; then it stays."""
     try:
         folder.rmdir()
     except OSError as error:
-        if isinstance(error, FileNotFoundError) or os.listdir(folder):
+        if error.errno in {errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}:
             return
         raise _cannot("remove", folder, error) from None
 
