@@ -330,6 +330,8 @@ class Agent:
                 lease = "lost"
                 self._observer.lost(error)
                 self._memory.forget_known()
+                if machine is not None:
+                    machine.backend.lost()
                 self._log.error(
                     f"lease lost: {error.message}; stopping with {error.exit_code}, kernel state stays",
                     id=error.id,

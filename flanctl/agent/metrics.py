@@ -62,7 +62,7 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "flanctl_packets_total": ("counter", "Inner packets carried, by direction and path."),
     "flanctl_bytes_total": ("counter", "Their bytes, by direction and path."),
     "flanctl_dropped_packets_total": ("counter", "Packets refused, by reason and path."),
-    "flanctl_peer_packets_total": ("counter", "Packets carried between us and a peer, by its public IP."),
+    "flanctl_peer_packets_total": ("counter", "Packets that user space carried between us and a peer, by its public IP."),
     "flanctl_peer_bytes_total": ("counter", "Bytes of them."),
     "flanctl_peer_dropped_packets_total": ("counter", "Packets not sent to a peer, or refused from it."),
     "flanctl_peer_heard_timestamp_seconds": ("gauge", "When a packet of a peer was last accepted."),

@@ -117,6 +117,10 @@ class Backend(Protocol):
         """What the kernel can do in bulk: whether it does, and if not, why. Any thread."""
         ...
 
+    def lost(self) -> None:
+        """Our subnet is another host's: what would go on carrying packets for it without us ends. Never raises."""
+        ...
+
     def wait(self, seconds: float) -> str | None:
         """Block until the data plane fails (the reason), or `seconds` passed or it was stopped (None)."""
         ...

@@ -158,6 +158,10 @@ class KernelSide:
             self._withdraw(str(error))
         return ()
 
+    def lost(self) -> None:
+        """Our subnet is another host's. Left alone the programs would carry it until the lease we had would have ended."""
+        self._withdraw("our subnet is another host's")
+
     def counters(self) -> Mapping[str, int]:
         path = self._path
         try:

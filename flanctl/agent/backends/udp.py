@@ -264,6 +264,10 @@ class UdpBackend:
     def offloads(self) -> Mapping[str, tuple[bool, str]]:
         return {} if self._plane is None else self._plane.offloads()
 
+    def lost(self) -> None:
+        if self._side is not None:
+            self._side.lost()
+
     def wait(self, seconds: float) -> str | None:
         plane = self._plane
         if plane is None:

@@ -29,7 +29,7 @@ SHOWN = 3
 
 
 def has_ipsec_policies() -> bool:
-    """Whether this namespace sends anything through IPsec; False where the kernel has no xfrm."""
+    """Whether anything of this namespace goes through IPsec, in, out or by; False where the kernel has no xfrm."""
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_XFRM) as channel:
             channel.settimeout(_SECONDS)
@@ -40,7 +40,7 @@ def has_ipsec_policies() -> bool:
     if len(answer) < _HEADER.size or _HEADER.unpack_from(answer)[1] != XFRM_MSG_NEWSPDINFO:
         return False
     counts = attributes.unpack(answer[_HEADER.size + 4 :]).get(XFRMA_SPD_INFO, b"")
-    return len(counts) >= 8 and struct.unpack_from("=I", counts, 4)[0] > 0  # incnt, outcnt, …
+    return len(counts) >= 12 and any(struct.unpack_from("=III", counts))  # incnt, outcnt, fwdcnt, …
 
 
 def rules_on_port(port: int) -> tuple[str, ...]:

@@ -88,6 +88,9 @@ class FakeBackend:
     def told(self, *, lease_ends, flanctl) -> None:
         self.told_last = lease_ends, flanctl
 
+    def lost(self) -> None:
+        self._note("lost")
+
     def apply(self, peers):
         self._note("apply")
         self.applied.append(tuple(str(peer.subnet) for peer in peers))
@@ -650,7 +653,7 @@ def test_a_lease_taken_by_another_host_ends_the_agent_loudly(house):
         house.live(script)
     assert lost.value.exit_code == 8
     assert "reason=failure lease=lost" in house.log()
-    assert house.steps[-2:] == ["stop", "close"]
+    assert house.steps[-3:] == ["lost", "stop", "close"]
 
 
 def test_a_deleted_lease_is_written_again_with_the_same_subnet(house):
