@@ -80,6 +80,14 @@ def test_everything_arrives_in_v3s_bytes_with_the_time_it_has_left(place):
     assert place.migration().plan().todo() == ()
 
 
+def test_a_lease_that_was_reserved_in_v3_meanwhile_stays_reserved(place):
+    place.run()
+    entry = place.v3.get(f"{FOLDER}172.17.41.0-24")
+    place.v3.replace(entry.key, entry.value, ttl=None, expected=entry.revision)
+    assert place.run() == 0
+    assert place.there()["/subnets/172.17.41.0-24"] == (entry.value, None)
+
+
 @pytest.mark.parametrize("after_effect", [False, True])
 def test_interrupted_at_any_step_it_is_run_again(after_effect):
     """Each call to v3 fails once, before or after it was carried out; the config is never there before a lease."""
