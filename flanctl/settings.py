@@ -457,7 +457,7 @@ def masked(name: str, text: str) -> str:
     if name == "endpoints" and "@" in text:
         import re
 
-        return re.sub(r"(^|,|//)[^,@]*@", r"\1(hidden)@", text)
+        return re.sub(r"(^|,|//)[^,]*@", r"\1(hidden)@", text)
     return text
 
 

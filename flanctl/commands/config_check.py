@@ -277,7 +277,9 @@ def _bytes(path: str, content: bytes, entries: list[Entry]) -> Iterator[Finding]
 def _line(path: str, entry: Entry) -> Iterator[Finding]:
     name, line, text = entry.name, entry.line, entry.text
     if text is None:
-        says = f'"{_short(name)}" has no "="; systemd passes over the line'
+        # The first word alone: behind it may stand a password, as in `FLANNELD_ETCD_PASSWORD: …`.
+        (word, *_) = re.split(r"[:;\s]", name, maxsplit=1)
+        says = f'"{_short(word)}" has no "="; systemd passes over the line'
         yield Finding(WARN, "no-assignment", path, line, says, "write NAME=value, or # before a comment")
         return
     if not entry.counts:
@@ -322,8 +324,13 @@ def _holds_secret(entry: Entry) -> bool:
     row, text = OURS.get(entry.name), entry.text or ""
     if row is not None:
         return row.secret or masked(row.name, text) != text
-    given = read(split(text)).flags if entry.name == OPTIONS else {}
-    return "etcd-password" in given or any(
+    if entry.name != OPTIONS:
+        return False
+    # As text, too: flannel stops reading at the first stray word, and what stands behind it is as secret.
+    if "etcd-password" in text or re.search(r"//[^/\s]*@", text):
+        return True
+    given = read(split(text)).flags
+    return any(
         masked(name, given.get(flag, "")) != given.get(flag, "")
         for name, flag in (("user", "etcd-username"), ("endpoints", "etcd-endpoints"))
     )

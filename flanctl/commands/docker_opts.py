@@ -109,7 +109,9 @@ def docker_opts(
         raise UsageError(f"-i and -c are about the lines of --format env, not {form}")
     variables = _variables(subnet_file)
     if accept is None:
-        accept = form != "network" and _has_nftables_backend(Path(where) if form == "json" else DAEMON_JSON)
+        accept = form != "network" and _has_nftables_backend(
+            Path(where) if form == "json" and where != "-" else DAEMON_JSON
+        )
     mode, ip_masq = 0o644, not no_ip_masq
     if form == "json":
         from flanctl.model.docker_formats import daemon_settings

@@ -169,7 +169,7 @@ def _docker(root: Root, service: str, notes: list[str]) -> str | None:
     if place is None:
         return None
     text = "\n".join(_texts(root, place))
-    if _OPTIONS_FILE in text:
+    if re.search(rf"^[ \t]*EnvironmentFile[ \t]*=[ \t]*-?{_OPTIONS_FILE}[ \t]*$", text, re.MULTILINE):
         return None
     _look_at_daemon_json(root, notes)
     commands = _commands(text)

@@ -153,7 +153,7 @@ def test_every_container_reaches_every_other_and_is_seen_by_its_own_address(host
             if other != address:
                 said = host.run("docker", "exec", "box", "ping", "-c", "2", "-W", "5", target)
                 assert said.code == 0, f"{address} to {other}: {said.out}{said.err}"
-                assert "0% packet loss" in said.out
+                assert ", 0% packet loss" in said.out
 
 
 def test_a_host_that_is_turned_off_and_on_has_its_subnet_and_its_containers_reach_the_others(hosts):

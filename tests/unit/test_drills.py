@@ -30,6 +30,7 @@ def test_every_drill_was_measured_on_every_version_it_is_for_and_kept_its_promis
     ]
     for row in kept:
         assert (row["full"], row["packets"]["lost"], row["events"]["lost"]) == (True, 0, 0), row
+        assert row["packets"]["sent"] > 0, row
         assert row["packets"]["doubled"] == row["events"]["doubled"] == 0, row
         assert row["events"]["seen"] == row["events"]["written"] > 0, row
 

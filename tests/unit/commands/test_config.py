@@ -157,6 +157,24 @@ def test_no_mistake_beside_a_secret_shows_it(options, tmp_path):
     assert "geheim" not in answer.out + answer.err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "FLANNELD_ETCD_PASSWORD: geheim",
+        "FLANNELD_ETCD_PASSWORD geheim",
+        'FLANNEL_OPTIONS="foo --etcd-password=geheim" #x',
+        'FLANNEL_OPTIONS="foo -etcd-endpoints=http://u:ge@heim@h" #x',
+    ],
+)
+def test_no_line_that_cannot_be_read_shows_the_secret_in_it(line, tmp_path):
+    file = tmp_path / "flanneld"
+    file.write_text(f"{GOOD}{line}\n")
+    answer = flanctl("config", "check", file)
+    assert "ok" not in answer.out.split()[:1], answer.out
+    assert "geheim" not in answer.out + answer.err
+    assert "heim@" not in answer.out + answer.err
+
+
 # ---- config check: sysconfig ----------------------------------------------------------------------------------------
 
 

@@ -147,6 +147,10 @@ def test_docker_s_own_command_line_goes_into_the_drop_in(tmp_path):
     [
         ("[Service]\nEnvironmentFile=-/run/flannel/docker\nExecStart=/usr/bin/dockerd $X\n", None),
         ("[Service]\nExecStart=/usr/bin/dockerd-current $DOCKER_NETWORK_OPTIONS\n", []),
+        (
+            "[Service]\n#EnvironmentFile=/run/flannel/docker\nExecStart=/usr/bin/dockerd -D\n",
+            ["/usr/bin/dockerd -D"],
+        ),
         ("[Service]\nExecStart=/old\nExecStart=\nExecStart=/usr/bin/dockerd -D\n", ["/usr/bin/dockerd -D"]),
         ("", None),
     ],
