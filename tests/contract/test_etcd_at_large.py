@@ -9,7 +9,6 @@ import json
 import os
 import pty
 import select
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,35 +17,35 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from flanctl.errors import NotPermitted
+from flanctl.errors import NotPermitted, RegistryUnreachable
 from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore
 from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
-from flanctl.registry.stores.etcd_v2 import EtcdV2Store
 from flanctl.registry.stores.open import Connection, open_store
-from flanctl.registry.stores.store import Put
-from tests.contract.test_tls_and_login import Authority
+from flanctl.registry.stores.store import Delete, Put
+from tests.support.authority import Authority
 from tests.support.cli import flanctl
+from tests.support.deadline import until
 from tests.support.etcd import Cluster, Tls
+from tests.support.stores import SERVED, SERVED_V3, VERSIONS, opened
 from tests.unit.registry.stores.scripted import Request, Scripted, ok
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from flanctl.registry.stores.etcd_v3 import EtcdV3Store
+    from tests.support.etcd import Version
 
-pytestmark = pytest.mark.needs("etcd34")
-openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
+openssl = pytest.mark.needs("openssl")
 
 COUNT = 20_000
 VALUE = '{"PublicIP":"192.168.200.200","PublicIPv6":null}'
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """20,000 leases, as one etcd has them for a network of /12 or so."""
-    with Cluster("3.4", folder=tmp_path_factory.mktemp("etcd")) as cluster:
+    with Cluster(request.param, folder=tmp_path_factory.mktemp("etcd")) as cluster:
         link = http.client.HTTPConnection(cluster.endpoints[0].removeprefix("http://"), timeout=30)
         with contextlib.closing(EtcdGatewayStore(parse_endpoints(cluster.endpoints))) as store:
             names = (f"/net/subnets/10.{n >> 8}.{n & 255}.0-24" for n in range(COUNT))
@@ -70,15 +69,14 @@ def _b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-@pytest.mark.parametrize("kind", [EtcdGatewayStore, EtcdGrpcStore])
+@pytest.mark.parametrize(("kind", "large"), SERVED_V3, indirect=["large"], scope="module")
 def test_20000_leases_come_in_pages_of_one_revision_and_in_bounded_memory(
-    large: Cluster, kind: type[EtcdV3Store], monkeypatch: pytest.MonkeyPatch
+    large: Cluster, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer changes keys meanwhile. What the list takes beside its result is a page or two."""
-    open_one: Any = kind
     pages: list[tuple[int, int]] = []
-    with contextlib.closing(open_one(parse_endpoints(large.endpoints), timeout=60.0)) as store:
-        real = store._range
+    with opened(kind, large.endpoints, timeout=60.0) as store:
+        real = store._range  # type: ignore[attr-defined]
 
         def counted(deed: Any, start: bytes, end: bytes | None, **more: int) -> Any:
             page = real(deed, start, end, **more)
@@ -102,11 +100,11 @@ def test_20000_leases_come_in_pages_of_one_revision_and_in_bounded_memory(
     assert peak - kept < 6 << 20, f"{(peak - kept) >> 20} MB beside the result's {kept >> 20} MB"
 
 
-@pytest.mark.parametrize("kind", [EtcdGatewayStore, EtcdGrpcStore, EtcdV2Store])
-def test_an_ipv6_address_in_brackets(tmp_path: Path, kind: Any) -> None:
-    with Cluster("3.4", folder=tmp_path, host="::1", v2=True) as cluster:
+@pytest.mark.parametrize(("kind", "version"), SERVED)
+def test_an_ipv6_address_in_brackets(tmp_path: Path, kind: str, version: Version) -> None:
+    with Cluster(version, folder=tmp_path, host="::1", v2=kind == "v2") as cluster:
         assert cluster.endpoints[0].startswith("http://[::1]:")
-        with contextlib.closing(kind(parse_endpoints(cluster.endpoints))) as store:
+        with opened(kind, cluster.endpoints) as store:
             entry = store.create("/six/a", b"v", ttl=60)
             with store.watch("/six/", after=entry.revision - 1) as watch:
                 assert isinstance(next(watch), Put)
@@ -114,7 +112,8 @@ def test_an_ipv6_address_in_brackets(tmp_path: Path, kind: Any) -> None:
 
 
 @openssl
-def test_a_server_certificate_that_is_for_servers_only_leaves_grpc(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_server_certificate_that_is_for_servers_only_leaves_grpc(tmp_path: Path, version: Version) -> None:
     """The gateway shows its server the server's own certificate, which is no client's (etcd issues 9785, 16590)."""
     authority = Authority(tmp_path / "pki")
     files = Tls(
@@ -123,7 +122,7 @@ def test_a_server_certificate_that_is_for_servers_only_leaves_grpc(tmp_path: Pat
         client=authority.issue("client", usage="clientAuth"),
         client_auth=True,
     )
-    with Cluster("3.4", folder=tmp_path / "etcd", tls=files) as cluster:
+    with Cluster(version, folder=tmp_path / "etcd", tls=files) as cluster:
         said: list[str] = []
         connection = Connection(
             cluster.endpoints,
@@ -142,7 +141,8 @@ def test_a_server_certificate_that_is_for_servers_only_leaves_grpc(tmp_path: Pat
 
 
 @openssl
-def test_a_login_by_the_certificates_name_leaves_grpc(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_login_by_the_certificates_name_leaves_grpc(tmp_path: Path, version: Version) -> None:
     """The gateway refuses it: "CommonName of client sending a request against gateway will be ignored"."""
     authority = Authority(tmp_path / "pki")
     files = Tls(
@@ -151,7 +151,7 @@ def test_a_login_by_the_certificates_name_leaves_grpc(tmp_path: Path) -> None:
         client=authority.issue("root"),
         client_auth=True,
     )
-    with Cluster("3.4", folder=tmp_path / "etcd", tls=files) as cluster:
+    with Cluster(version, folder=tmp_path / "etcd", tls=files) as cluster:
         for command in ("user add root:secret", "user grant-role root root", "auth enable"):
             cluster.etcdctl(*command.split())
         connection = Connection(
@@ -183,6 +183,7 @@ def asked(cluster: Cluster, prefix: str, *words: str) -> Any:
     return flanctl(*words, "--endpoints", cluster.endpoints[0], "--prefix", prefix)
 
 
+@pytest.mark.needs("etcd34")
 class TestApi:
     """What an operator of a 0.7.1 cluster, a new one, or one in the middle of it sees."""
 
@@ -239,6 +240,7 @@ class TestApi:
     def test_nonsense_is_a_usage_error(self, both: Cluster) -> None:
         assert asked(both, "/x", "net", "get", "--api", "v4").code == 2
 
+    @pytest.mark.parametrize("large", VERSIONS, indirect=True)
     def test_an_etcd_without_v2_is_said(self, large: Cluster) -> None:
         said = asked(large, "/net", "net", "get", "--api", "v2")
         assert (said.code, "serves no v2 API" in said.err) == (3, True)
@@ -270,8 +272,9 @@ class TestApi:
         assert "etcd v2 over HTTP is taken: this etcd is older than 3.0" in said.err
 
 
-def test_a_password_is_asked_for_on_a_terminal_and_never_echoed(tmp_path: Path) -> None:
-    with Cluster("3.4", folder=tmp_path) as cluster:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_password_is_asked_for_on_a_terminal_and_never_echoed(tmp_path: Path, version: Version) -> None:
+    with Cluster(version, folder=tmp_path) as cluster:
         for command in (
             ["user", "add", "root:s3 cret"],
             ["user", "grant-role", "root", "root"],
@@ -335,3 +338,38 @@ def _typed(text: str, *words: str) -> tuple[int, str]:
     finally:
         timer.cancel()
         os.close(controller)
+
+
+@pytest.mark.parametrize(("kind", "version"), SERVED_V3)
+def test_a_full_etcd_is_named_and_reads_watches_renewals_and_deletions_go_on(
+    tmp_path: Path, kind: str, version: Version
+) -> None:
+    """Its quota is really used up. What frees it is what the error's hint says."""
+    quota = 8 << 20
+    with (
+        Cluster(version, folder=tmp_path, extra=[f"--quota-backend-bytes={quota}"]) as cluster,
+        opened(kind, cluster.endpoints) as store,
+    ):
+        held = store.create("/full/held", b"v", ttl=60)
+        old = store.create("/full/old", b"v", ttl=60)
+        with pytest.raises(RegistryUnreachable, match=r"cannot create /fill/\d+: etcd is full"):
+            for number in range(200):  # it counts what has been committed, ten times a second
+                store.create(f"/fill/{number}", bytes(1 << 20), ttl=None)
+        until(lambda: "NOSPACE" in cluster.etcdctl("alarm", "list"))  # 3.4 refuses first and raises it then
+        with pytest.raises(RegistryUnreachable) as caught:
+            store.create("/full/new", b"v", ttl=60)
+        assert caught.value.message.startswith(
+            f"cannot create /full/new: etcd is full, NOSPACE raised by etcd0 ({cluster.id(0)})"
+        )
+        assert caught.value.hint == "etcdctl alarm list; compact, defrag and disarm"
+        assert store.refresh(held, ttl=60).revision == held.revision
+        with store.watch("/full/", after=old.revision) as watch:
+            assert store.delete(old.key, expected=old.revision)
+            assert isinstance(next(watch), Delete)
+        assert [entry.key for entry in store.list("/full/").entries] == [held.key]
+
+        cluster.etcdctl("del", "--prefix", "/fill/")
+        cluster.etcdctl("compact", str(store.list("/full/").revision))
+        cluster.etcdctl("defrag")
+        cluster.etcdctl("alarm", "disarm")
+        assert store.create("/full/new", b"v", ttl=60)

@@ -25,6 +25,7 @@ from flanctl.registry.stores.store import (
 )
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.support.stores import VERSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -683,10 +684,10 @@ class TestStore:
             assert prefix + "a" in str(caught.value)
 
 
-@pytest.mark.needs("etcd34")
-def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: str, version: Version) -> None:
     """Both ways into it: a call that finds the gateway off, and a watch that does."""
-    with Cluster("3.4", folder=tmp_path, extra=["--enable-grpc-gateway=false"]) as cluster:
+    with Cluster(version, folder=tmp_path, extra=["--enable-grpc-gateway=false"]) as cluster:
         connection = Connection(cluster.endpoints)
         with contextlib.closing(open_store(connection, prefer="gateway")) as store:
             assert "HTTP" in store.name
@@ -703,13 +704,7 @@ def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: s
 
 
 @pytest.mark.parametrize("prefer", ["gateway", "grpc"])
-@pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
-        pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
-    ],
-)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_server_killed_and_back_costs_a_watch_nothing(
     tmp_path: Path, prefix: str, version: Version, prefer: Literal["gateway", "grpc"]
 ) -> None:

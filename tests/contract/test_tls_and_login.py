@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from flanctl.errors import FlanctlError, NotPermitted, RegistryUnreachable
 from flanctl.registry.stores import tls
-from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.store import Put
 from tests.support.authority import Authority
 from tests.support.cli import flanctl
 from tests.support.deadline import until
 from tests.support.etcd import Cluster, Tls
+from tests.support.stores import SERVED, SERVED_V3, VERSIONS, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from flanctl.registry.stores.store import Store
+    from tests.support.etcd import Version
 
-STORES = ("gateway", "grpc", "v2")
-pytestmark = [
-    pytest.mark.needs("etcd34"),
-    pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program"),
-]
-
-
-def opened(kind: str, endpoints: tuple[str, ...], **more: Any) -> contextlib.closing[Store]:
-    parsed = parse_endpoints(endpoints)
-    if kind == "gateway":
-        from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore
-
-        return contextlib.closing(EtcdGatewayStore(parsed, **more))
-    if kind == "v2":
-        from flanctl.registry.stores.etcd_v2 import EtcdV2Store
-
-        return contextlib.closing(EtcdV2Store(parsed, **more))
-    from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
-
-    return contextlib.closing(EtcdGrpcStore(parsed, **more))
+pytestmark = pytest.mark.needs("openssl")
+on_every_store = pytest.mark.parametrize(("kind", "secured"), SERVED, indirect=["secured"], scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +33,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture(scope="module")
-def secured(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def secured(
+    request: pytest.FixtureRequest, authority: Authority, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """Three members on addresses of their own, each with a certificate for its own only; clients must show one."""
     hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
     files = Tls(
@@ -61,9 +44,8 @@ def secured(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> I
         client=authority.issue("client"),
         client_auth=True,
     )
-    with Cluster(
-        "3.4", members=3, folder=tmp_path_factory.mktemp("etcd"), host=hosts, v2=True, tls=files
-    ) as cluster:
+    folder, old = tmp_path_factory.mktemp("etcd"), request.param == "3.4"
+    with Cluster(request.param, members=3, folder=folder, host=hosts, v2=old, tls=files) as cluster:
         yield cluster
 
 
@@ -72,7 +54,7 @@ def shown(authority: Authority, name: str = "client") -> dict[str, str]:
     return {"cacert": str(authority.ca), "cert": f"{folder}/{name}.pem", "key": f"{folder}/{name}.key"}
 
 
-@pytest.mark.parametrize("kind", STORES)
+@on_every_store
 def test_each_member_is_known_by_its_own_certificate(
     authority: Authority, secured: Cluster, kind: str
 ) -> None:
@@ -85,7 +67,7 @@ def test_each_member_is_known_by_its_own_certificate(
             assert endpoint in store.describe()
 
 
-@pytest.mark.parametrize("kind", STORES)
+@on_every_store
 def test_without_a_client_certificate_we_are_not_permitted(
     authority: Authority, secured: Cluster, kind: str
 ) -> None:
@@ -95,7 +77,7 @@ def test_without_a_client_certificate_we_are_not_permitted(
     assert caught.value.hint == "--cert and --key"
 
 
-@pytest.mark.parametrize("kind", STORES)
+@on_every_store
 def test_a_name_the_certificate_does_not_bear_is_named_with_those_it_does(
     authority: Authority, secured: Cluster, kind: str
 ) -> None:
@@ -106,7 +88,7 @@ def test_a_name_the_certificate_does_not_bear_is_named_with_those_it_does(
     assert "its certificate is for 127.0.0.1, not for localhost" in caught.value.details[0]
 
 
-@pytest.mark.parametrize("kind", STORES)
+@on_every_store
 def test_a_ca_we_were_not_given_is_not_trusted(secured: Cluster, tmp_path: Path, kind: str) -> None:
     other = Authority(tmp_path / "other")
     cert, key = other.issue("client")
@@ -116,19 +98,19 @@ def test_a_ca_we_were_not_given_is_not_trusted(secured: Cluster, tmp_path: Path,
     assert "its certificate is not trusted" in caught.value.details[0]
 
 
-@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize(("kind", "version"), SERVED)
 def test_an_expired_server_certificate_is_named_with_its_day(
-    authority: Authority, tmp_path: Path, kind: str
+    authority: Authority, tmp_path: Path, kind: str, version: Version
 ) -> None:
     """etcd itself reads its certificate anew for each connection, so a healthy one is let expire."""
-    good, key = authority.issue(f"good-{kind}", "IP:127.0.0.1")
-    old, old_key = authority.issue(f"old-{kind}", "IP:127.0.0.1", days=-1)
+    good, key = authority.issue("good", "IP:127.0.0.1")
+    old, old_key = authority.issue("old", "IP:127.0.0.1", days=-1)
     cert = tmp_path / "server.pem"
     private = tmp_path / "server.key"
     shutil.copy(good, cert)
     shutil.copy(key, private)
     files = Tls(ca=authority.ca, members=((cert, private),), client=(good, key))
-    with Cluster("3.4", folder=tmp_path / "etcd", v2=True, tls=files) as cluster:
+    with Cluster(version, folder=tmp_path / "etcd", v2=kind == "v2", tls=files) as cluster:
         with opened(kind, cluster.endpoints, cacert=str(authority.ca)) as store:
             store.get("/a")
         shutil.copy(old, cert)
@@ -140,7 +122,7 @@ def test_an_expired_server_certificate_is_named_with_its_day(
         assert f"its certificate expired {day}" in caught.value.details[0]
 
 
-@pytest.mark.parametrize("kind", STORES)
+@on_every_store
 def test_certificates_are_read_again_when_the_files_change(
     authority: Authority, secured: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -178,10 +160,10 @@ def test_certificates_are_read_again_when_the_files_change(
             assert served(), "a rotation half done leaves the last good certificate in use"
 
 
-@pytest.mark.parametrize("kind", ["gateway", "grpc"])
-def test_a_role_for_the_prefix_is_all_a_host_needs(authority: Authority, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "version"), SERVED_V3)
+def test_a_role_for_the_prefix_is_all_a_host_needs(tmp_path: Path, kind: str, version: Version) -> None:
     """The commands of docs/registry.md, over plaintext; rights of v3 are by key ranges."""
-    with Cluster("3.4", folder=tmp_path / "etcd") as cluster:
+    with Cluster(version, folder=tmp_path / "etcd") as cluster:
         for command in (
             "user add root:secret", "user grant-role root root",
             "role add flannel", "role grant-permission flannel --prefix=true readwrite /jxdd/network/",
@@ -200,10 +182,12 @@ def test_a_role_for_the_prefix_is_all_a_host_needs(authority: Authority, tmp_pat
                 store.get("/other")
 
 
-@pytest.mark.parametrize("kind", ["gateway", "grpc"])
-def test_logins_switched_on_and_tokens_that_run_out_cost_a_login_each(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "version"), SERVED_V3)
+def test_logins_switched_on_and_tokens_that_run_out_cost_a_login_each(
+    tmp_path: Path, kind: str, version: Version
+) -> None:
     """The agent was given its user before the cluster wanted one."""
-    with Cluster("3.4", folder=tmp_path / "etcd", extra=["--auth-token-ttl=1"]) as cluster:
+    with Cluster(version, folder=tmp_path / "etcd", extra=["--auth-token-ttl=1"]) as cluster:
         with opened(kind, cluster.endpoints, user="root", password="secret") as store:
             entry = store.create("/a/b", b"1", ttl=None)
             for command in ("user add root:secret", "user grant-role root root", "auth enable"):
@@ -221,6 +205,7 @@ def test_logins_switched_on_and_tokens_that_run_out_cost_a_login_each(tmp_path: 
                 assert isinstance(next(watch), Put)
 
 
+@pytest.mark.needs("etcd34")
 def test_v2_logs_in_with_each_request(tmp_path: Path) -> None:
     import json
     import urllib.request
@@ -259,6 +244,7 @@ def test_v2_logs_in_with_each_request(tmp_path: Path) -> None:
             assert "wr0ng" not in str(caught.value)
 
 
+@pytest.mark.parametrize("secured", VERSIONS, indirect=True)
 def test_commands_tell_what_is_wrong_and_never_the_password(authority: Authority, secured: Cluster) -> None:
     endpoints = ",".join(secured.endpoints)
     files = [word for name, path in shown(authority).items() for word in (f"--{name}", path)]

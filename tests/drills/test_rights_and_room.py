@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import threading
 import time
 import urllib.request
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.drills.field import Field
-
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
 
 
 def post(field: Field, member: int, path: str, question: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +268,7 @@ class Files:
         return Tls(self.ca, tuple(pairs), client, client_auth=True)
 
 
-@needs_openssl
+@pytest.mark.needs("openssl")
 @drill("certificates-rotated", short=())
 def test_certificates_and_the_ca_are_replaced_under_way(field: Field, tmp_path: Path) -> None:
     """The way it is done: trust both CAs, restart; new certificates, restart; trust the new CA only, restart."""

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flanctl.errors import RegistryUnreachable
-from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.store import Put
-from tests.e2e.test_registry_cluster import WITH_V2
+from tests.support import stores
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.support.stores import SERVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from flanctl.registry.stores.store import Event, Store
-
-pytestmark = pytest.mark.needs("etcd34")
+    from tests.support.etcd import Version
 
 CALL, WATCH = 3.0, 10.0
 SLACK = 1.0
@@ -34,13 +33,21 @@ TIMEOUT = 15.0
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster("3.4", v2=True, folder=tmp_path_factory.mktemp("etcd")) as cluster:
+def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(request.param, v2=request.param == "3.4", folder=tmp_path_factory.mktemp("etcd")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(
+        request.param, 3, v2=request.param == "3.4", folder=tmp_path_factory.mktemp("etcd")
+    ) as cluster:
         yield cluster
 
 
 def opened(kind: str, *endpoints: str) -> contextlib.closing[Store]:
-    return contextlib.closing(WITH_V2[kind](parse_endpoints(endpoints), timeout=TIMEOUT))
+    return stores.opened(kind, endpoints, timeout=TIMEOUT)
 
 
 @pytest.fixture(params=["half-open", "SYN dropped"])
@@ -59,7 +66,7 @@ def hung(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://127.0.0.1:{place[1]}"
 
 
-@pytest.mark.parametrize("kind", WITH_V2)
+@pytest.mark.parametrize(("kind", "single"), SERVED, indirect=["single"], scope="module")
 def test_a_host_that_hangs_costs_a_call_its_share_and_a_watch_too(
     single: Cluster, hung: str, kind: str
 ) -> None:
@@ -78,21 +85,21 @@ def test_a_host_that_hangs_costs_a_call_its_share_and_a_watch_too(
         assert time.monotonic() - begin < WATCH + SLACK
 
 
-@pytest.mark.parametrize("kind", WITH_V2)
-def test_a_member_that_stops_under_a_watch_is_left_within_ten_seconds(tmp_path: Path, kind: str) -> None:
-    with Cluster("3.4", 3, v2=True, folder=tmp_path) as cluster:
-        with opened(kind, *cluster.endpoints) as store, opened(kind, *cluster.endpoints[1:]) as other:
-            start = other.create(f"/stop/{kind}/a", b"1", ttl=None)
-            store.get("/stop")
-            assert cluster.endpoints[0] in store.describe()
-            if cluster.leader() == 0:
-                cluster.etcdctl("move-leader", cluster.id(1))
-            events: list[Event] = []
-            with store.watch(f"/stop/{kind}/", after=start.revision - 1) as watch:
-                reader = threading.Thread(target=lambda: events.extend(watch))
-                reader.start()
-                until(lambda: any(isinstance(event, Put) for event in events))
-                cluster.freeze(0)
+@pytest.mark.parametrize(("kind", "three"), SERVED, indirect=["three"], scope="module")
+def test_a_member_that_stops_under_a_watch_is_left_within_ten_seconds(three: Cluster, kind: str) -> None:
+    with opened(kind, *three.endpoints) as store, opened(kind, *three.endpoints[1:]) as other:
+        start = other.create(f"/stop/{kind}/a", b"1", ttl=None)
+        store.get("/stop")
+        assert three.endpoints[0] in store.describe()
+        if three.leader() == 0:
+            three.etcdctl("move-leader", three.id(1))
+        events: list[Event] = []
+        with store.watch(f"/stop/{kind}/", after=start.revision - 1) as watch:
+            reader = threading.Thread(target=lambda: events.extend(watch))
+            reader.start()
+            until(lambda: any(isinstance(event, Put) for event in events))
+            three.freeze(0)
+            try:
                 begin = time.monotonic()
                 changed = other.replace(start.key, b"2", ttl=None, expected=start.revision)
                 until(lambda: Put(changed) in events, seconds=30)
@@ -101,14 +108,18 @@ def test_a_member_that_stops_under_a_watch_is_left_within_ten_seconds(tmp_path: 
                 begin = time.monotonic()
                 assert store.get(start.key) is not None
                 assert time.monotonic() - begin < CALL + SLACK
-                cluster.thaw(0)
-            reader.join(5)
-            assert not reader.is_alive()
+            finally:
+                three.thaw(0)
+                three.wait()
+        reader.join(5)
+        assert not reader.is_alive()
 
 
-@pytest.mark.parametrize("kind", WITH_V2)
-def test_an_endpoint_that_comes_back_is_used_within_seconds(tmp_path: Path, kind: str) -> None:
-    with Cluster("3.4", v2=True, folder=tmp_path) as cluster:
+@pytest.mark.parametrize(("kind", "version"), SERVED)
+def test_an_endpoint_that_comes_back_is_used_within_seconds(
+    tmp_path: Path, kind: str, version: Version
+) -> None:
+    with Cluster(version, v2=kind == "v2", folder=tmp_path) as cluster:
         with opened(kind, *cluster.endpoints) as store:
             store.create("/back/a", b"v", ttl=None)
             cluster.kill(0)

@@ -23,6 +23,7 @@ from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.support.stores import VERSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from flanctl.registry.leases import Acquired
     from tests.support.etcd import Version
 
-VERSIONS = [
-    pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
-    pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
-]
 PREFIX = "/jxdd/network"
 DIALECT = Dialect.V0_28
 FIRST = IPv4Address("192.168.6.1")

@@ -14,6 +14,7 @@ from tests.e2e.reachability import MTU, RunningPing, wait_until_reachable
 from tests.support.agents import RunningAgent, flanctl
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.support.stores import VERSIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from tests.support.etcd import Version
 
 pytestmark = [pytest.mark.needs("root", "netns", "tun", "iptables"), pytest.mark.timeout(180)]
-VERSIONS = [
-    pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
-    pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
-]
 
 
 def _remembered(agent: RunningAgent) -> int:

@@ -14,27 +14,18 @@ import pytest
 
 from flanctl.errors import NotPermitted, RegistryUnreachable
 from flanctl.registry.stores.endpoints import parse_endpoints
-from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore
-from flanctl.registry.stores.etcd_grpc import EtcdGrpcStore
-from flanctl.registry.stores.etcd_v2 import EtcdV2Store
 from flanctl.registry.stores.store import KeyExists, Put
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.support.stores import STORES, VERSIONS, WITH_V2, kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from flanctl.registry.stores.store import Entry, Store, Watch
     from tests.support.etcd import Version
 
-STORES: dict[str, Callable[..., Store]] = {"grpc": EtcdGrpcStore, "gateway": EtcdGatewayStore}
-WITH_V2: dict[str, Callable[..., Store]] = {**STORES, "v2": EtcdV2Store}
-"""What etcd 3.4 can be asked by."""
-VERSIONS = [
-    pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
-    pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
-]
 TIMEOUT = 8.0
 """Longer than an election (2 s) that follows a frozen member's share."""
 
@@ -117,12 +108,14 @@ class Reader:
 def test_a_leader_killed_and_a_member_frozen_lose_and_double_no_event(
     tmp_path: Path, version: Version
 ) -> None:
-    kinds = WITH_V2 if version == "3.4" else STORES
-    with Cluster(version, 3, folder=tmp_path, v2="v2" in kinds) as cluster, contextlib.ExitStack() as stack:
+    with (
+        Cluster(version, 3, folder=tmp_path, v2=version == "3.4") as cluster,
+        contextlib.ExitStack() as stack,
+    ):
         writers: list[Writer] = []
         readers: list[Reader] = []
         stores: list[Store] = []
-        for kind in kinds:
+        for kind in kinds(version):
             prefix = f"/cluster/{kind}/"
             store = stack.enter_context(contextlib.closing(open_store(kind, cluster)))
             start = store.list(prefix).revision
@@ -151,7 +144,7 @@ def test_a_leader_killed_and_a_member_frozen_lose_and_double_no_event(
         everybody_goes_on()
         cluster.thaw(0)
 
-        for kind, writer, reader in zip(kinds, writers, readers, strict=True):
+        for kind, writer, reader in zip(kinds(version), writers, readers, strict=True):
             writer.__exit__()
             assert writer.error is None
             until(
@@ -164,10 +157,10 @@ def test_a_leader_killed_and_a_member_frozen_lose_and_double_no_event(
             assert writer.longest < TIMEOUT
 
 
-@pytest.mark.needs("etcd34")
-def test_two_clients_that_create_during_a_failover_have_one_winner(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_two_clients_that_create_during_a_failover_have_one_winner(tmp_path: Path, version: Version) -> None:
     """A create whose answer was lost finds its own value and does not take itself for somebody else."""
-    with Cluster("3.4", 3, folder=tmp_path) as cluster, contextlib.ExitStack() as stack:
+    with Cluster(version, 3, folder=tmp_path) as cluster, contextlib.ExitStack() as stack:
         stores = [stack.enter_context(contextlib.closing(open_store(kind, cluster))) for kind in STORES]
         winners: dict[int, list[int]] = {}
         ready = threading.Barrier(2)

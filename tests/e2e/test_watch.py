@@ -17,6 +17,7 @@ from flanctl.registry.stores.store import Changed
 from tests.support.cli import Running, flanctl
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
+from tests.support.stores import VERSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 PREFIX = "/jxdd/network"
 KEY = f"{PREFIX}/subnets/172.17.90.0-24"
-VERSIONS = [
-    pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
-    pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
-]
 
 
 @pytest.fixture(params=VERSIONS)

@@ -191,6 +191,19 @@ class EtcdGatewayStore(EtcdV3Store):
         question = json.dumps({"name": user, "password": password}).encode()
         return self._post("auth/authenticate", question, None, deed, parse, cancel)
 
+    def _out_of_space(self, deed: Deed) -> Sequence[int]:
+        def parse(answer: Message, _: bool) -> list[int]:
+            alarms = _items(answer, "alarms")
+            return [_int(alarm, "memberID") for alarm in alarms if alarm.get("alarm") == "NOSPACE"]
+
+        return self._call("maintenance/alarm", {"action": "GET"}, deed, parse)
+
+    def _names(self, deed: Deed) -> Mapping[int, str]:
+        def parse(answer: Message, _: bool) -> dict[int, str]:
+            return {_int(member, "ID"): str(member.get("name", "")) for member in _items(answer, "members")}
+
+        return self._call("cluster/member/list", {}, deed, parse)
+
     def _new_watch(self, prefix: str, after: int) -> GatewayWatch:
         return GatewayWatch(self, prefix, after)
 
@@ -339,9 +352,9 @@ class _Missing(Exception):
 
 
 def _is_etcd(document: Mapping[str, Any]) -> bool:
-    """Every answer of etcd's carries the cluster's header, in a stream inside `result`."""
+    """Every answer of etcd's carries the cluster's header, in a stream inside `result`; but 3.4's with its alarms."""
     result = document.get("result", document)
-    return isinstance(result, dict) and isinstance(result.get("header"), dict)
+    return isinstance(result, dict) and (isinstance(result.get("header"), dict) or "alarms" in result)
 
 
 def _refused(document: Mapping[str, Any]) -> Refused:

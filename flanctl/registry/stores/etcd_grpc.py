@@ -136,6 +136,8 @@ class _Member:
         self.kv = pb.KVStub(self.channel)
         self.lease = pb.LeaseStub(self.channel)
         self.auth = pb.AuthStub(self.channel)
+        self.cluster = pb.ClusterStub(self.channel)
+        self.maintenance = pb.MaintenanceStub(self.channel)
         self.watch = pb.WatchStub(self.channel)
 
     def keep_alive(
@@ -248,6 +250,16 @@ class EtcdGrpcStore(EtcdV3Store):
     def _authenticate(self, deed: Deed, user: str, password: str, cancel: int) -> str:  # noqa: ARG002  no descriptor
         request = pb.AuthenticateRequest(name=user, password=password)
         return self._round(lambda member: member.auth.Authenticate, request, None, deed)[0].token
+
+    def _out_of_space(self, deed: Deed) -> Sequence[int]:
+        request = pb.AlarmRequest(action=pb.AlarmRequest.GET)
+        answer, _ = self._call(lambda member: member.maintenance.Alarm, request, deed)
+        return [alarm.memberID for alarm in answer.alarms if alarm.alarm == pb.NOSPACE]
+
+    def _names(self, deed: Deed) -> Mapping[int, str]:
+        request = pb.MemberListRequest()
+        answer, _ = self._call(lambda member: member.cluster.MemberList, request, deed)
+        return {member.ID: member.name for member in answer.members}
 
     def _new_watch(self, prefix: str, after: int) -> GrpcWatch:
         return GrpcWatch(self, prefix, after)

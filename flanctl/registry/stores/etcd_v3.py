@@ -40,6 +40,8 @@ TTL_ALONE = 50
 """Up to this many leases are asked about by one thread."""
 
 REVOKE_SECONDS = 1.0
+ALARM_SECONDS = 1.0
+"""How long to find out who is full, for the error's sake."""
 
 CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE, NOT_FOUND, ALREADY_EXISTS = 1, 2, 3, 4, 5, 6
 PERMISSION_DENIED, EXHAUSTED, PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED = 7, 8, 9, 10, 11, 12
@@ -169,6 +171,14 @@ class EtcdV3Store(abc.ABC):
 
     @abc.abstractmethod
     def _authenticate(self, deed: Deed, user: str, password: str, cancel: int) -> str: ...
+
+    @abc.abstractmethod
+    def _out_of_space(self, deed: Deed) -> Sequence[int]:
+        """The ids of the members that have raised the alarm NOSPACE."""
+
+    @abc.abstractmethod
+    def _names(self, deed: Deed) -> Mapping[int, str]:
+        """The members' names by their ids."""
 
     @abc.abstractmethod
     def _new_watch(self, prefix: str, after: int) -> ResumingWatch: ...
@@ -347,10 +357,21 @@ class EtcdV3Store(abc.ABC):
             return NotPermitted(f'cannot {what}: login as "{self._user}" was refused (etcd: {words})')
         if "database space exceeded" in words:
             return RegistryUnreachable(
-                f"cannot {what}: etcd is full (etcd: {words})",
+                f"cannot {what}: etcd is full{self._whose()} (etcd: {words})",
                 hint="etcdctl alarm list; compact, defrag and disarm",
             )
         return Invalid(f"cannot {what} (etcd: {words})")
+
+    def _whose(self) -> str:
+        """Who raised NOSPACE, to be read after "is full"; nothing if etcd does not tell."""
+        deed = Deed("read etcd's alarms", time.monotonic() + ALARM_SECONDS)
+        try:
+            full = self._out_of_space(deed)
+            names = self._names(deed)
+        except (FlanctlError, Refused):
+            return ""
+        who = ", ".join(f"{printable(names.get(one, '?')[:64])} ({one:x})" for one in full[:9])
+        return f", NOSPACE raised by {who}" if who else ""
 
     def _logged_in(self, deed: Deed, send: Callable[[str | None], T]) -> T:
         """`send` with the token to send, and once more with a new one when it has ended."""

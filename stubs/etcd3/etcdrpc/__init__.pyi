@@ -111,6 +111,29 @@ class AuthenticateRequest:
 class AuthenticateResponse:
     token: str
 
+NOSPACE: int
+
+class AlarmRequest:
+    GET: int
+    def __init__(self, action: int = ...) -> None: ...
+
+class AlarmMember:
+    memberID: int
+    alarm: int
+
+class AlarmResponse:
+    alarms: Sequence[AlarmMember]
+
+class Member:
+    ID: int
+    name: str
+
+class MemberListRequest:
+    def __init__(self) -> None: ...
+
+class MemberListResponse:
+    members: Sequence[Member]
+
 class WatchCreateRequest:
     def __init__(
         self, key: bytes = ..., range_end: bytes = ..., start_revision: int = ..., progress_notify: bool = ...
@@ -146,6 +169,14 @@ class LeaseStub:
 class WatchStub:
     def __init__(self, channel: Channel) -> None: ...
     Watch: Stream[WatchRequest, WatchResponse]
+
+class ClusterStub:
+    def __init__(self, channel: Channel) -> None: ...
+    MemberList: Unary[MemberListRequest, MemberListResponse]
+
+class MaintenanceStub:
+    def __init__(self, channel: Channel) -> None: ...
+    Alarm: Unary[AlarmRequest, AlarmResponse]
 
 class AuthStub:
     def __init__(self, channel: Channel) -> None: ...

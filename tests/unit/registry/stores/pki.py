@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import ssl
 import subprocess
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
+needs_openssl = pytest.mark.needs("openssl")
 
 
 def _openssl(folder: Path, *arguments: str) -> None:

@@ -23,6 +23,7 @@ from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.etcd_gateway import EtcdGatewayStore, GatewayOff
 from flanctl.registry.stores.store import Changed, Compacted, Delete, Entry, KeyExists, Progress, Put
 from tests.support.etcd import Cluster
+from tests.support.stores import VERSIONS
 from tests.unit.registry.stores.pki import make_pki, needs_openssl, server_context
 from tests.unit.registry.stores.scripted import Request, Scripted, closed_port, etcd, ok
 
@@ -35,13 +36,7 @@ HEADER = {"header": {"cluster_id": "1", "member_id": "1", "revision": "7", "raft
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("3.4", marks=pytest.mark.needs("etcd34")),
-        pytest.param("3.7", marks=pytest.mark.needs("etcd37")),
-    ],
-)
+@pytest.fixture(scope="module", params=VERSIONS)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(request.param, folder=tmp_path_factory.mktemp("etcd")) as cluster:
         yield cluster
@@ -230,10 +225,8 @@ def test_ttls_of_many_leases_are_all_found_and_of_an_ended_one_is_zero(cluster: 
 # login
 
 
-@pytest.fixture(params=["3.4", "3.7"])
+@pytest.fixture(params=VERSIONS)
 def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
-    if request.param == "3.4":
-        request.getfixturevalue("_etcd34")
     with Cluster(request.param, folder=tmp_path / "etcd") as cluster:
         for command in (
             "user add root:secret", "user grant-role root root", "user add ro:look", "role add reader",
@@ -243,12 +236,6 @@ def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
         yield cluster
 
 
-@pytest.fixture
-def _etcd34() -> None:
-    return None
-
-
-@pytest.mark.needs("etcd34", "etcd37")
 def test_login_rights_and_a_token_that_ends(guarded: Cluster) -> None:
     with opened(*guarded.endpoints, user="root", password="secret") as root:
         put = root.create("/open/a", b"v", ttl=60)
