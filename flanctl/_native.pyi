@@ -78,8 +78,8 @@ class KernelPath:
     def direct_peers(self) -> list[str]:
         """Public IPs that packets go to from the kernel now."""
 
-    def programs(self) -> tuple[int, int]:
-        """Descriptors of the encapsulating and the decapsulating program; ours, open as long as this object."""
+    def programs(self) -> tuple[int, int, int]:
+        """Descriptors of flanctl_enc, flanctl_dec and flanctl_rx; ours, open as long as this object."""
 
     def configure(self, settings: Mapping[str, object]) -> None: ...
     def disable(self) -> None:
@@ -92,6 +92,11 @@ class KernelPath:
 
     def pin(self) -> None:
         """Pin the maps for the agent after us, in place of what was pinned before."""
+
+    def peers(self) -> dict[str, tuple[int, int, int, int, int, float | None]]:
+        """By public IP: packets and bytes out, packets and bytes in, drops of what it sent, and the seconds since it was
+        last heard; since it came into the table.
+        """
 
     def counters(self) -> dict[str, int]:
         """`out_packets out_bytes in_packets in_bytes`, `drop_<reason>`, and `pass_<reason>`: given to user space."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flanctl.agent.backends.kernel_path import RX_PORTS
 from flanctl.agent.kernel.tc import PREFERENCE
 from flanctl.demo.hosts import Lab
 from flanctl.registry.stores.sqlite import SqliteStore
@@ -162,6 +163,11 @@ def test_between_flanctl_hosts_packets_stay_in_the_kernel_and_status_counts_them
     assert out == after["kernel-out-packets"] - before["kernel-out-packets"] > 1000, "none by user space"
     status = net.status(one)
     assert (status["data_path"], status["data_path_why"]) == ("kernel", "")
+    traffic = {row["public_ip"]: row for row in status["peers"]["traffic"]}[str(two.host.address)]
+    assert traffic["out_packets"] >= out
+    assert traffic["out_bytes"] > out * 500, "most of them are full"
+    assert traffic["in_packets"] > 100
+    assert traffic["heard_seconds_ago"] <= 5
     assert status["counters"]["in_packets"] >= status["counters"]["kernel_in_packets"] > 0
     # With a receiver in user space, which finishes the checksums that this kernel leaves: nothing is lost either way.
     assert iperf(box3, box1) > 0.02
@@ -287,6 +293,7 @@ def test_from_the_kernel_to_user_space_no_packet_is_lost(net: Net) -> None:
         one.wait()
         until(lambda: "flanctl" not in filters(one.host, "eth0", "ingress"))
     assert "flanctl" not in filters(one.host, "flannel0", "egress")
+    assert "flannel0-rx" not in one.host.run(["ip", "link"]).stdout
     assert len(net.lab._pins()) == 1, "the other host's"
     assert net.status(one)["data_path"] == "userspace"
 
@@ -298,6 +305,113 @@ def test_a_dead_agents_packets_flow_until_its_lease_ends(net: Net) -> None:
     one.kill()
     assert reaches(box1, box2.address)
     until(lambda: not reaches(box1, box2.address), seconds=30, what="the lease has ended")
+
+
+# ---- the device that receives for us --------------------------------------------------------------------------------
+
+
+def received(host: Host | Container, device: str = "flannel0-rx") -> int:
+    """Packets that came out of a device."""
+    shown = json.loads(host.run(["ip", "-s", "-j", "link", "show", device]).stdout)
+    return int(shown[0]["stats64"]["rx"]["packets"])
+
+
+def transfer(server: Container | Host, to: IPv4Address, client: Container | Host) -> None:
+    """A TCP connection with a megabyte from the client to the server."""
+    with inside(server.path):
+        listener = socket.create_server((str(to), 5001))
+    with inside(client.path):
+        sender = socket.create_connection((str(to), 5001), timeout=10)
+    receiver, _ = listener.accept()
+    receiver.settimeout(10)
+    thread = threading.Thread(target=lambda: (sender.sendall(bytes(1 << 20)), sender.close()))
+    thread.start()
+    got = 0
+    while data := receiver.recv(1 << 16):
+        got += len(data)
+    thread.join()
+    receiver.close()
+    listener.close()
+    assert got == 1 << 20
+
+
+def test_tcp_to_containers_is_unpacked_by_the_kernels_own_tunnel_and_the_rest_is_not(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    # A rule on our port sees the datagrams on their way there.
+    two.host.run(["iptables", "-I", "INPUT", "-p", "udp", "--dport", str(PORT)])
+    before = received(two.host)
+    assert ping(box1, box2.address, "-c", "20", "-i", "0.01") == 0
+    assert received(two.host) == before
+    transfer(box2, box2.address, box1)
+    through = received(two.host) - before
+    # Over a virtual wire a packet is up to 64 KiB: a docker0 that cut them would show in the container.
+    assert 16 <= through < 300
+    rule = two.host.run(["iptables", "-vnxL", "INPUT"]).stdout.splitlines()[2]
+    assert int(rule.split()[0]) == through, "each passed INPUT"
+    whole = received(box2, "eth0")
+    transfer(box2, box2.address, box1)
+    assert received(box2, "eth0") - whole < 400, "super-packets arrive whole"
+    # What ends on the host itself is not forwarded, so nobody would cut it.
+    before = received(two.host)
+    transfer(two.host, two.subnet.network_address, box1)
+    assert received(two.host) == before
+    drops = {name: count for name, count in two.counters().items() if "drop" in name}
+    assert drops == {}
+
+
+def test_who_finds_the_receiving_port_brings_nothing_in(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    with inside(box1.path):
+        sink = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+    sink.setblocking(False)
+    packet = inner(str(box2.address), str(box1.address))
+    before = one.counters().get("kernel-drop-unknown-sender", 0)
+    # Even from a peer, and as VXLAN-GPE has it.
+    with inside(two.host.path), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as channel:
+        for vni in range(100):
+            header = struct.pack("!BxxBI", 0x0C, 1, vni << 8)
+            channel.sendto(header + packet, (str(one.host.address), RX_PORTS[0]))
+    until(lambda: one.counters().get("kernel-drop-unknown-sender", 0) == before + 100)
+    with closing(sink), pytest.raises(BlockingIOError):
+        sink.recv(100)
+
+
+def test_a_taken_port_or_name_is_not_in_the_way(net: Net) -> None:
+    first, second = net.lab.add_host(), net.lab.add_host()
+    with inside(first.path):
+        theirs = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        theirs.bind(("0.0.0.0", RX_PORTS[0]))
+    second.ip_batch("link add flannel0-rx type bridge")
+    one, two = net.put_agent_on(first, *TC), net.put_agent_on(second, *TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    shown = json.loads(first.run(["ip", "-d", "-j", "link", "show", "flannel0-rx"]).stdout)
+    assert shown[0]["linkinfo"]["info_data"]["port"] == RX_PORTS[1]
+    assert (shown[0]["ifalias"], net.status(one)["data_path_why"]) == ("flanctl", "")
+    why = net.status(two)["data_path_why"]
+    assert why == "TCP to containers is slower than it could be: flannel0-rx exists and is not ours"
+    transfer(box1, box1.address, box2)
+    transfer(box2, box2.address, box1)
+    theirs.close()
+    # The name is free: the next look finds it, as it does one that somebody removed or took down.
+    second.ip_batch("link delete flannel0-rx")
+    until(lambda: not net.status(two)["data_path_why"], seconds=20)
+    for spoil in ("link set flannel0-rx down", "link delete flannel0-rx"):
+        second.ip_batch(spoil)
+        transfer(box2, box2.address, box1)
+        until(
+            lambda: "UP" in second.run(["ip", "link", "show", "flannel0-rx"], check=False).stdout, seconds=20
+        )
+        before = received(second)
+        transfer(box2, box2.address, box1)
+        assert received(second) > before
+    two.terminate()
+    flanctl(second, two.endpoints, "cleanup", "--yes", "--run-dir", str(two.folder / "run"))
+    assert "flannel0" not in second.run(["ip", "link"]).stdout
 
 
 # ---- other programs, other underlays ---------------------------------------------------------------------------------

@@ -63,6 +63,18 @@ class PeerTraffic(NamedTuple):
     heard_seconds_ago: float | None
     """Since a packet of it was last accepted."""
 
+    def plus(self, other: PeerTraffic) -> PeerTraffic:
+        """What passed on both of two paths."""
+        heard = [ago for ago in (self.heard_seconds_ago, other.heard_seconds_ago) if ago is not None]
+        return PeerTraffic(
+            self.out_packets + other.out_packets,
+            self.out_bytes + other.out_bytes,
+            self.in_packets + other.in_packets,
+            self.in_bytes + other.in_bytes,
+            self.drops + other.drops,
+            min(heard, default=None),
+        )
+
 
 class Backend(Protocol):
     """One way to carry packets. Called from the daemon's one thread, except `wait` and `failure`."""

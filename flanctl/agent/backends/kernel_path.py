@@ -2,12 +2,16 @@
 
         flannel0 egress ── flanctl_enc ──▶ uplink          maps: /sys/fs/bpf/flanctl/<namespace>-<network>/
         uplink ingress  ── flanctl_dec ──▶ flannel0        filters: kernel/tc.py
+                              └──▶ flannel0-rx ── flanctl_rx ──▶ flannel0
+
+flannel0-rx is a VXLAN-GPE device of the kernel's, through which TCP's data for containers goes (by_stack in
+flannel.bpf.c says why). Where it cannot be had, flanctl_dec does without.
 
 The programs (native/bpf) give whatever they do not want to the user-space path, which always runs; so this one may come
 and go under traffic. It comes when nothing speaks against it and a probe has shown that this kernel does what we think
 it does; any doubt, and it goes, with the reason. `flanctl cleanup` removes it.
 
-Order (measured without loss): maps, decapsulation on every uplink, encapsulation; and back the other way round. A
+Order (measured without loss): maps, the device, decapsulation on every uplink, encapsulation; and back the other way round. A
 restart finds the filters there, loads its own programs onto the pinned maps and swaps them in place.
 """
 
@@ -20,9 +24,10 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from flanctl.agent.kernel import bypassed
+from flanctl.agent.kernel import bypassed, vxlan
+from flanctl.agent.kernel.links import ALIAS
 from flanctl.agent.kernel.tc import PREFERENCE, Filters, program_id
-from flanctl.errors import FlanctlError
+from flanctl.errors import Conflict, FlanctlError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,7 +41,10 @@ if TYPE_CHECKING:
     from flanctl.model.peers import Peer
 
 BPFFS = Path("/sys/fs/bpf")
-ENCAP, DECAP = "flanctl_enc", "flanctl_dec"
+ENCAP, DECAP, RECEIVE = "flanctl_enc", "flanctl_dec", "flanctl_rx"
+RX_PORTS = range(58285, 58301)
+"""UDP ports that the device for RECEIVE may take, the first that is free. Nothing is sent to it from outside."""
+RX = "-rx"
 MOST_UPLINKS = 8
 FIRST_SAMPLE, SAMPLE = 64, 8
 FOREVER = (1 << 64) - 1
@@ -61,6 +69,8 @@ class KernelSettings(TypedDict):
     own: str
     uplinks: list[int]
     """Interface indexes that packets may leave by, MOST_UPLINKS at most."""
+    rx_port: int
+    """UDP port of the VXLAN-GPE device that receives for us; 0: there is none."""
 
 
 class NoKernelPath(Exception):
@@ -90,7 +100,7 @@ class KernelSide:
         self._peer_check = peer_check
         self._bpffs = bpffs
         self._path: KernelPath | None = None
-        self._ids = (0, 0)
+        self._ids = (0, 0, 0)
         self._remembered: frozenset[IPv4Address] = frozenset()
         """Hosts that an agent before us knew to run flanctl."""
         self._hopeless: str | None = None
@@ -101,6 +111,7 @@ class KernelSide:
         """Nothing of ours is attached, by us or by an agent before us."""
         self._until_look = 0
         self._inert = ""
+        self._no_receiver = ""
         self.attached = False
         self.why = "it has not been tried yet"
         """Why it is not attached; while it is, what an operator should know about it, or nothing."""
@@ -136,8 +147,10 @@ class KernelSide:
                 "network": str(self._config.network),
                 "own": str(own),
                 "uplinks": [link.index for link in uplinks],
+                "rx_port": 0,
             }
             path = self._path or self._load(settings)
+            settings["rx_port"] = self._have_receiver(path)
             path.configure(settings)
             ours = self._remembered if flanctl is None else flanctl
             path.replace_peers(
@@ -168,6 +181,14 @@ class KernelSide:
             return {} if path is None else path.counters()
         except RuntimeError:
             return {}  # the maps are ours as long as we live: this is a kernel that does not let us look any more
+
+    def peers(self) -> Mapping[str, tuple[int, int, int, int, int, float | None]]:
+        """Traffic by public IP as `PeerTraffic` has it, of this path alone."""
+        path = self._path
+        try:
+            return {} if path is None else path.peers()
+        except RuntimeError:
+            return {}
 
     # ---- may it be ------------------------------------------------------------------------------------------------
 
@@ -244,10 +265,46 @@ class KernelSide:
             if "Operation not permitted" in self._hopeless:
                 self._hopeless += "; it takes CAP_BPF and CAP_PERFMON beside CAP_NET_ADMIN"
             raise NoKernelPath(self._hopeless) from None
-        encap, decap = path.programs()
+        encap, decap, receive = path.programs()
         self._remembered = frozenset(map(IPv4Address, path.direct_peers()))
-        self._path, self._ids = path, (program_id(encap), program_id(decap))
+        self._path, self._ids = path, (program_id(encap), program_id(decap), program_id(receive))
         return path
+
+    def _have_receiver(self, path: KernelPath) -> int:
+        """The VXLAN-GPE device with RECEIVE on it: its port. 0 where it cannot be had; `_no_receiver` says why."""
+        name = receiver_of(self._device)
+        try:
+            link = self._kernel.link(name)
+            if link is None:
+                link = self._make_receiver(name)
+            port = vxlan.gpe_port(self._kernel, name)
+            # An agent may have been killed before its mark was on it.
+            if port is None or (link.alias != ALIAS and (link.alias or link.up)):
+                raise Conflict(f"{name} exists and is not ours")
+            if self._filters.ours(link.index, "ingress", RECEIVE) != self._ids[2]:
+                self._filters.attach(link.index, "ingress", path.programs()[2], RECEIVE)
+            if not link.up or link.alias != ALIAS:
+                self._kernel.set_link(name, up=True, alias=ALIAS)
+        except FlanctlError as error:
+            self._no_receiver = str(error)
+            return 0
+        self._no_receiver = ""
+        return port
+
+    def _make_receiver(self, name: str) -> Link:
+        """The device, up, for only then is its port taken. Raises FlanctlError."""
+        for port in RX_PORTS:
+            vxlan.make_gpe(self._kernel, name, port)
+            self._kernel.silence_ipv6(name)
+            try:
+                self._kernel.set_link(name, up=True, alias=ALIAS)
+            except Conflict:
+                self._kernel.delete_link(name)  # somebody has the port
+                continue
+            link = self._kernel.link(name)
+            if link is not None:
+                return link
+        raise Conflict(f"no UDP port of {RX_PORTS[0]} to {RX_PORTS[-1]} is free for {name}")
 
     def _have_bpffs(self) -> None:
         """Where maps are pinned. Mounted where it is not, as iproute2 and bpftool do."""
@@ -281,7 +338,7 @@ class KernelSide:
         return default.gateway
 
     def _attach(self, path: KernelPath, uplinks: tuple[Link, ...], device: Link) -> tuple[str, ...]:
-        encap, decap = path.programs()
+        encap, decap, _ = path.programs()
         repaired, self._clean = [], False
         for link in uplinks:
             if self._filters.ours(link.index, "ingress", DECAP) != self._ids[1]:
@@ -297,12 +354,15 @@ class KernelSide:
         path.pin()
         if not self.attached:
             self.attached, repaired = True, []
-        self.why = (
-            f"firewall rules on UDP port {self._config.udp_port} do not see what the kernel path carries: "
-            f"{self._inert}"
-            if self._inert
-            else ""
-        )
+        known = []
+        if self._inert:
+            known.append(
+                f"firewall rules on UDP port {self._config.udp_port} do not see all that the kernel path carries: "
+                f"{self._inert}"
+            )
+        if self._no_receiver:
+            known.append(f"TCP to containers is slower than it could be: {self._no_receiver}")
+        self.why = "; ".join(known)
         return tuple(repaired)
 
     def _withdraw(self, why: str) -> None:
@@ -325,6 +385,11 @@ def pins_of(network: IPv4Network, bpffs: Path = BPFFS) -> Path:
     The file system takes no dots in names (kernel/bpf/inode.c, bpf_lookup).
     """
     return bpffs / "flanctl" / f"{_namespace()}-{str(network).replace('.', '_').replace('/', '-')}"
+
+
+def receiver_of(device: str) -> str:
+    """Name of the VXLAN-GPE device beside ours; 15 characters at most, as the kernel takes (IFNAMSIZ)."""
+    return device[: 15 - len(RX)] + RX
 
 
 def attached(kernel: Kernel) -> list[tuple[str, str]]:
@@ -354,6 +419,10 @@ def detach(kernel: Kernel, *, tidy: bool = False) -> None:
         filters.detach(by_name[name], direction, ENCAP if direction == "egress" else DECAP)
         if tidy:
             filters.tidy(by_name[name])
+    # After decapsulation: what is on its way to it is lost.
+    for link in kernel.links():
+        if link.alias == ALIAS and link.kind == "vxlan" and link.name.endswith(RX):
+            kernel.delete_link(link.name)
 
 
 def pinned(bpffs: Path = BPFFS) -> list[Path]:

@@ -259,7 +259,13 @@ class UdpBackend:
 
     def peers(self) -> Mapping[str, PeerTraffic]:
         found = {} if self._plane is None else self._plane.peers()
-        return {peer: PeerTraffic(*counts) for peer, counts in found.items()}
+        total = {peer: PeerTraffic(*counts) for peer, counts in found.items()}
+        if self._side is not None:
+            for peer, counts in self._side.peers().items():
+                kernels = PeerTraffic(*counts)
+                if any(kernels[:-1]):
+                    total[peer] = total[peer].plus(kernels) if peer in total else kernels
+        return total
 
     def offloads(self) -> Mapping[str, tuple[bool, str]]:
         return {} if self._plane is None else self._plane.offloads()

@@ -529,7 +529,7 @@ def _error(number: int, words: str, what: str) -> FlanctlError:
         errno.EHOSTUNREACH,
     }:
         return NotFound(text)
-    if number == errno.EEXIST:
+    if number in {errno.EEXIST, errno.EADDRINUSE}:
         return Conflict(text)
     return FlanctlError(text)
 

@@ -4,6 +4,7 @@
  *
  *   routing -> flannel0 egress:  flanctl_enc -> redirect_neigh -> uplink -> wire
  *   wire -> uplink ingress:      flanctl_dec -> redirect       -> flannel0 ingress -> routing
+ *                                            -> IP, UDP, VXLAN-GPE -> flannel0-rx ingress: flanctl_rx -> flannel0 ingress
  *
  * Whatever a program does not want goes on as if it were not there (TC_ACT_UNSPEC, so that other programs on the hook
  * are called too): over the TUN or the UDP socket to the user-space path, which always runs and decides the same by
@@ -32,6 +33,7 @@
 #define PACKET_HOST 0 /* linux/if_packet.h, which drags in too much */
 #define TTL 64
 #define FRAGMENT 0x3fff /* MF and the offset, RFC 791 */
+#define TCP_FIN_SYN_RST 7 /* RFC 9293, section 3.1 */
 
 /* Bytes before the IP header where flanctl_enc runs. A TUN has none; BPF_PROG_TEST_RUN knows Ethernet only, so the probe
  * and the tests load the program with 14. */
@@ -40,6 +42,14 @@ const volatile __u32 mac_header = 0;
 struct outer {
     struct iphdr ip;
     struct udphdr udp;
+};
+
+/* VXLAN-GPE (draft-ietf-nvo3-vxlan-gpe): no Ethernet between it and the inner packet. */
+struct gpe {
+    __u8 flags; /* a VNI and a next protocol are there */
+    __u8 reserved[2];
+    __u8 next_protocol; /* 1: IPv4 */
+    __be32 vni; /* in the upper three bytes */
 };
 
 enum {
@@ -71,11 +81,11 @@ struct {
     __uint(map_flags, BPF_F_NO_PREALLOC);
 } foreign SEC(".maps");
 
-/* Public IPs, asked only where the subnet's holder is not the sender. The loader sets the size. */
+/* By public IP. The loader sets the size. */
 struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(type, BPF_MAP_TYPE_PERCPU_HASH);
     __type(key, __be32);
-    __type(value, __u32);
+    __type(value, struct traffic);
     __uint(max_entries, 1);
     __uint(map_flags, BPF_F_NO_PREALLOC);
 } peers SEC(".maps");
@@ -133,8 +143,15 @@ static __always_inline struct hop find(const struct config *c, __be32 address) {
     return f ? f->hop : nobody;
 }
 
-static __always_inline bool is_peer(__be32 address) {
-    return bpf_map_lookup_elem(&peers, &address) != NULL;
+static __always_inline struct traffic *peer_at(__be32 address) {
+    return bpf_map_lookup_elem(&peers, &address);
+}
+
+/* What this peer sent is refused. */
+static __always_inline int refuse(struct traffic *peer, __u32 why) {
+    if (peer)
+        peer->drops++;
+    return drop(why);
 }
 
 static __always_inline bool is_own(const struct config *c, __be32 address) {
@@ -146,8 +163,9 @@ static __always_inline bool is_group(__be32 address) {
     return bpf_ntohl(address) >> 29 == 7;
 }
 
-static __always_inline bool expired(const struct config *c) {
-    return bpf_ktime_get_boot_ns() >= c->valid_until;
+/* Packets that `length` bytes of inner packet are on the wire. */
+static __always_inline __u32 segments(__u32 length, __u32 headers, __u32 gso_size) {
+    return !gso_size || length <= headers ? 1 : (length - headers + gso_size - 1) / gso_size;
 }
 
 /* Bytes of the IP and TCP headers of a GSO packet whose IP header is `ihl` words long and begins at `at`; 0: another
@@ -158,16 +176,6 @@ static __always_inline __u32 headers(struct __sk_buff *skb, __u32 at, __u32 ihl,
     if (protocol != IPPROTO_TCP || bpf_skb_load_bytes(skb, at + ihl * 4 + 12, &offset, 1))
         return 0;
     return ihl * 4 + (offset >> 4) * 4;
-}
-
-/* Counts what becomes `length` bytes of inner packet on the wire, cut into segments or not. */
-static __always_inline void carried(__u32 event, __u32 length, __u32 headers, __u32 gso_size) {
-    if (!gso_size || length <= headers) {
-        count(event, 1, length);
-        return;
-    }
-    __u32 segments = (length - headers + gso_size - 1) / gso_size;
-    count(event, segments, length + (segments - 1) * headers);
 }
 
 static __always_inline bool is_uplink(const struct config *c, __u32 link) {
@@ -213,7 +221,7 @@ SEC("classifier") int flanctl_enc(struct __sk_buff *skb) {
         return TC_ACT_UNSPEC;
     if (ip->version != 4 || ip->ihl < 5 || ip->ihl * 4u > length || bpf_ntohs(ip->tot_len) != length)
         return pass(PASS_OTHER); /* also a BIG TCP packet, whose length field is 0 */
-    if (expired(c))
+    if (bpf_ktime_get_boot_ns() >= c->valid_until)
         return pass(PASS_EXPIRED);
     __be32 destination = ip->daddr;
     if (is_own(c, destination) || is_group(destination))
@@ -273,13 +281,81 @@ SEC("classifier") int flanctl_enc(struct __sk_buff *skb) {
     if (bpf_skb_store_bytes(skb, mac_header, &outer, sizeof(outer), 0) ||
         (!mac_header && bpf_skb_change_head(skb, ETH_HLEN, 0)))
         return drop(DROP_SEND_ERROR);
-    carried(SENT, length, all, gso_size);
+    __u32 packets = segments(length, all, gso_size), bytes = length + (packets - 1) * all;
+    count(SENT, packets, bytes);
+    struct traffic *peer = peer_at(hop.address);
+    if (peer) {
+        peer->out_packets += packets;
+        peer->out_bytes += bytes;
+    }
     /* With a next hop the kernel need not look again, but the packet keeps flannel0's route, and by that one it would
      * leave the queue of a neighbour that has yet to answer (net/core/neighbour.c, neigh_update). */
     if (found == BPF_FIB_LKUP_RET_NO_NEIGH)
         return bpf_redirect_neigh(fib.ifindex, NULL, 0, 0);
     struct bpf_redir_neigh next = {.nh_family = AF_INET, .ipv4_nh = fib.ipv4_dst};
     return bpf_redirect_neigh(fib.ifindex, &next, sizeof(next), 0);
+}
+
+/* Is there anything in this TCP segment that must not arrive before another? A bare acknowledgement may. */
+static __always_inline bool has_data(struct __sk_buff *skb, __u32 inner, __u32 ihl) {
+    struct {
+        __u8 offset, flags;
+    } tcp;
+    if (bpf_skb_load_bytes(skb, FRAME + ihl * 4 + 12, &tcp, sizeof(tcp)))
+        return false;
+    return tcp.flags & TCP_FIN_SYN_RST || inner > ihl * 4 + (tcp.offset >> 4) * 4u;
+}
+
+/* Take the datagram's header off not here but in the kernel's own tunnel code, by making it one of VXLAN-GPE.
+ *
+ * That does two things we cannot. A super-packet from a virtual wire bears the mark of a tunnel (skb->encapsulation), which
+ * stays when flanctl_dec takes the header off, and whoever forwards it, as docker0 does, then cuts it into its segments
+ * (net/core/dev.c, netif_skb_features); vxlan_rcv takes off the mark as well. And what a network card delivers one by one is
+ * put together again (gro_cells). So this is for TCP's data that goes beyond this host; the way costs what a short
+ * packet has no gain from.
+ *
+ * The port stays ours, so that rules on INPUT find what they know; the socket is given by hand. TC_ACT_UNSPEC: nothing was
+ * done. */
+static __always_inline int by_stack(struct __sk_buff *skb, const struct config *c, __be32 sender, __u32 inner) {
+    if (!c->rx_port || inner + sizeof(struct outer) + sizeof(struct gpe) > 0xffff)
+        return TC_ACT_UNSPEC;
+    struct bpf_sock_tuple to = {.ipv4 = {.saddr = sender, .sport = c->port, .daddr = c->local, .dport = c->rx_port}};
+    struct bpf_sock *socket = bpf_sk_lookup_udp(skb, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+    if (!socket)
+        return TC_ACT_UNSPEC;
+    if (bpf_skb_adjust_room(skb, sizeof(struct gpe), BPF_ADJ_ROOM_NET, BPF_F_ADJ_ROOM_FIXED_GSO)) {
+        bpf_sk_release(socket);
+        return TC_ACT_UNSPEC;
+    }
+    struct {
+        struct outer outer;
+        struct gpe gpe;
+    } header = {
+        .outer = {.ip =
+                      {
+                          .version = 4,
+                          .ihl = 5,
+                          .tot_len = bpf_htons(inner + sizeof(header)),
+                          .ttl = TTL,
+                          .protocol = IPPROTO_UDP,
+                          .saddr = sender,
+                          .daddr = c->local,
+                      },
+                  .udp =
+                      {
+                          .source = c->port,
+                          .dest = c->port,
+                          .len = bpf_htons(inner + sizeof(struct udphdr) + sizeof(struct gpe)),
+                      }},
+        .gpe = {.flags = 0x0c, .next_protocol = 1, .vni = bpf_htonl(c->rx_vni << 8)},
+    };
+    header.outer.ip.check = header_checksum(&header.outer.ip);
+    long failed = bpf_skb_store_bytes(skb, ETH_HLEN, &header, sizeof(header), 0) || bpf_sk_assign(skb, socket, 0);
+    bpf_sk_release(socket);
+    if (failed)
+        return TC_ACT_SHOT;
+    skb->tc_classid = c->rx_mark; /* TC_ACT_OK makes it the tc_index */
+    return TC_ACT_OK;
 }
 
 SEC("classifier") int flanctl_dec(struct __sk_buff *skb) {
@@ -299,12 +375,14 @@ SEC("classifier") int flanctl_dec(struct __sk_buff *skb) {
     if (outer->ip.frag_off & bpf_htons(FRAGMENT) || bpf_ntohs(outer->ip.tot_len) + ETH_HLEN != length ||
         bpf_ntohs(outer->udp.len) + sizeof(struct iphdr) + ETH_HLEN != length)
         return pass(PASS_OTHER);
-    if (expired(c))
+    __u64 now = bpf_ktime_get_boot_ns();
+    if (now >= c->valid_until)
         return pass(PASS_EXPIRED);
 
     __be32 sender = outer->ip.saddr;
     bool partial = unfinished(outer);
     __u32 check = c->peer_check, bad = 0;
+    struct traffic *peer = peer_at(sender);
     if (!readable(skb, FRAME + INNER)) {
         bad = DROP_SHORT;
     } else {
@@ -322,37 +400,61 @@ SEC("classifier") int flanctl_dec(struct __sk_buff *skb) {
             if (check != CHECK_OFF) {
                 struct hop hop = find(c, source);
                 bool believed = hop.address && (check != CHECK_STRICT || hop.address == sender);
-                /* A process on the peer itself that is bound to the public IP. */
                 if (!believed) {
-                    bool known = is_peer(sender);
-                    if (!known && check == CHECK_STRICT)
+                    if (!peer && check == CHECK_STRICT)
                         return drop(DROP_UNKNOWN_SENDER);
-                    believed = known && source == sender;
+                    /* A process on the peer itself that is bound to the public IP. */
+                    believed = peer && source == sender;
                 }
                 if (!believed || is_own(c, source))
-                    return drop(DROP_SPOOFED_SOURCE);
+                    return refuse(peer, DROP_SPOOFED_SOURCE);
             }
             if (!is_own(c, destination) || is_group(destination) ||
                 (c->own_mask < 0xfffffffe && bpf_ntohl(destination) == (c->own | ~c->own_mask)))
-                return drop(DROP_FOREIGN_DESTINATION);
+                return refuse(peer, DROP_FOREIGN_DESTINATION);
             if (partial || (gso_size && protocol == IPPROTO_UDP))
                 return pass(PASS_OTHER);
             if (!gso_size && inner > c->mtu)
                 return pass(PASS_TOO_BIG);
             __u32 all = gso_size ? headers(skb, FRAME, ihl, protocol) : 0;
-            __u32 tun = c->tun;
-            if (bpf_skb_adjust_room(skb, -(__s32)sizeof(struct outer), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
-                return pass(PASS_OTHER);
-            carried(RECEIVED, inner, all, gso_size);
-            return bpf_redirect(tun, BPF_F_INGRESS);
+            __u32 packets = segments(inner, all, gso_size), bytes = inner + (packets - 1) * all;
+            bool up = protocol == IPPROTO_TCP && bpf_ntohl(destination) != c->own && has_data(skb, inner, ihl);
+            int done = up ? by_stack(skb, c, sender, inner) : TC_ACT_UNSPEC;
+            if (done == TC_ACT_UNSPEC) {
+                __u32 tun = c->tun;
+                if (bpf_skb_adjust_room(skb, -(__s32)sizeof(struct outer), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+                    return pass(PASS_OTHER);
+                done = bpf_redirect(tun, BPF_F_INGRESS);
+            }
+            if (done == TC_ACT_SHOT)
+                return refuse(peer, DROP_TUN_ERROR);
+            count(RECEIVED, packets, bytes);
+            if (peer) {
+                peer->in_packets += packets;
+                peer->in_bytes += bytes;
+                peer->heard = now;
+            }
+            return done;
         }
     }
     /* Datagrams the kernel has put together or not cut yet: each is looked at by itself, behind the socket. */
     if (gso_size)
         return pass(PASS_OTHER);
-    if (check == CHECK_STRICT && !is_peer(sender))
+    if (check == CHECK_STRICT && !peer)
         bad = DROP_UNKNOWN_SENDER;
-    return drop(bad);
+    return refuse(peer, bad);
+}
+
+/* From flannel0-rx on, a packet goes on as if it had come by flannel0. */
+SEC("classifier") int flanctl_rx(struct __sk_buff *skb) {
+    __u32 zero = 0;
+    struct config *c = bpf_map_lookup_elem(&config, &zero);
+    struct bpf_tunnel_key key = {};
+    if (!c || skb->tc_index != c->rx_mark ||
+        bpf_skb_get_tunnel_key(skb, &key, offsetof(struct bpf_tunnel_key, remote_ipv6[1]), 0) || key.tunnel_id != c->rx_vni)
+        return drop(DROP_UNKNOWN_SENDER); /* somebody found the port: flanctl_dec did not look at this one */
+    skb->tc_index = 0;
+    return bpf_redirect(c->tun, BPF_F_INGRESS);
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

@@ -8,7 +8,7 @@
 
 #include <linux/types.h>
 
-#define LAYOUT 1
+#define LAYOUT 2
 
 /* The only element of `config`. Addresses and ports are in network order where the type says so, else in the host's. */
 struct config {
@@ -24,7 +24,10 @@ struct config {
     __u32 subnet_len;
     __u32 foreign; /* not 0: look into `foreign` too */
     __u32 uplinks[8]; /* ifindexes that packets may leave by; unused ones are 0 */
-    __u32 pad;
+    /* The VXLAN-GPE device that receives for us, see by_stack. */
+    __be16 rx_port; /* 0: there is none */
+    __u16 rx_mark; /* what datagrams on their way there have as tc_index, which nobody outside can give them */
+    __u32 rx_vni; /* and in their header, which nobody in a namespace of this host can know */
 };
 
 enum peer_check { CHECK_STRICT, CHECK_SUBNET, CHECK_OFF };
@@ -33,6 +36,14 @@ enum peer_check { CHECK_STRICT, CHECK_SUBNET, CHECK_OFF };
 struct hop {
     __be32 address; /* the peer's public IP; 0: nobody */
     __u32 direct; /* not 0: it runs flanctl, packets may go to it from here */
+};
+
+/* What passed between us and one peer: the values of `peers`, one for each processor. */
+struct traffic {
+    __u64 out_packets, out_bytes;
+    __u64 in_packets, in_bytes;
+    __u64 drops; /* of what it sent */
+    __u64 heard; /* CLOCK_BOOTTIME, ns, of the last packet of it that was accepted */
 };
 
 struct foreign_key {

@@ -1,9 +1,10 @@
 //! The maps' contents, byte for byte as `flannel.h` has them.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 /// Changes whenever the meaning of a map's bytes does.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 pub const UPLINKS: usize = 8;
 pub const FOREIGN: u32 = 4096;
 
@@ -28,7 +29,9 @@ pub struct Config {
     pub foreign: u32,
     /// Interface indexes; unused ones are 0.
     pub uplinks: [u32; UPLINKS],
-    pub pad: u32,
+    pub rx_port: Be16,
+    pub rx_mark: u16,
+    pub rx_vni: u32,
 }
 
 /// In network order.
@@ -76,6 +79,33 @@ pub struct Count {
     pub bytes: u64,
 }
 
+/// What passed between us and one peer.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Traffic {
+    pub out_packets: u64,
+    pub out_bytes: u64,
+    pub in_packets: u64,
+    pub in_bytes: u64,
+    pub drops: u64,
+    /// `CLOCK_BOOTTIME`, nanoseconds; 0: never.
+    pub heard: u64,
+}
+
+impl Traffic {
+    /// Time since a packet of the peer was last accepted.
+    pub fn heard_ago(&self) -> Option<Duration> {
+        let mut now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: it writes one struct of ours. This clock is there since Linux 2.6.39.
+        unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
+        let now = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
+        (self.heard != 0).then(|| Duration::from_nanos(now.saturating_sub(self.heard)))
+    }
+}
+
 macro_rules! pod {
     ($($name:ty),*) => {
         $(
@@ -85,7 +115,7 @@ macro_rules! pod {
         )*
     };
 }
-pod!(Config, Be32, Hop, ForeignHop, Count);
+pod!(Config, Be32, Hop, ForeignHop, Count, Traffic);
 
 /// `enum event` of flannel.h: the names of the counters, in order.
 pub const SENT: u32 = 0;
@@ -115,6 +145,6 @@ pub const MAPS: [(&str, usize, usize); 5] = [
     ("config", 4, size_of::<Config>()),
     ("subnets", 4, size_of::<Hop>()),
     ("foreign", 8, size_of::<ForeignHop>()),
-    ("peers", 4, 4),
+    ("peers", 4, size_of::<Traffic>()),
     ("counters", 4, size_of::<Count>()),
 ];

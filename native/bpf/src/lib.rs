@@ -1,4 +1,4 @@
-//! The packet path of flannel's udp backend in the kernel: two TC programs (`flannel.bpf.c`) and what they look at.
+//! The packet path of flannel's udp backend in the kernel: three TC programs (`flannel.bpf.c`) and what they look at.
 //!
 //! [`KernelPath`] loads them, takes over or makes their maps, fills these, and reads the counters. It attaches nothing:
 //! whoever does that (over rtnetlink) gets the programs' descriptors from it. Where an object lives:
@@ -20,20 +20,23 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io, thread};
 
-use aya::maps::{Array, MapInfo, PerCpuArray};
+use aya::maps::{Array, MapInfo, PerCpuArray, PerCpuHashMap};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 
-pub use layout::{Config, UPLINKS};
-use layout::{Count, DROPS, EVENTS, FOREIGN, Hop, LAYOUT, MAPS, PASSES, RECEIVED, SENT};
+use layout::{Be32, Count, DROPS, EVENTS, FOREIGN, Hop, LAYOUT, MAPS, PASSES, RECEIVED, SENT};
+pub use layout::{Config, Traffic, UPLINKS};
 pub use table::Peer;
 use table::Table;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel.bpf.o"));
 
-/// Names of the two programs, as `tc filter show` and `bpftool prog` print them.
+/// Names of the programs, as `tc filter show` and `bpftool prog` print them.
 pub const ENCAP: &str = "flanctl_enc";
 pub const DECAP: &str = "flanctl_dec";
+/// What hangs on the device of [`Settings::rx_port`].
+pub const RECEIVE: &str = "flanctl_rx";
+const PROGRAMS: [&str; 3] = [ENCAP, DECAP, RECEIVE];
 
 /// Most subnets a network may have for the array that is indexed by them: 8 MiB.
 pub const MOST_SUBNETS: u32 = 1 << 20;
@@ -84,9 +87,11 @@ pub struct Settings {
     pub own: (Ipv4Addr, u8),
     /// Interface indexes packets may leave by; `UPLINKS` at most.
     pub uplinks: Vec<u32>,
+    /// UDP port of the VXLAN-GPE device that receives for us; 0: there is none.
+    pub rx_port: u16,
 }
 
-/// Two loaded programs and their maps.
+/// The loaded programs and their maps.
 #[derive(Debug)]
 pub struct KernelPath {
     ebpf: Ebpf,
@@ -115,7 +120,7 @@ impl KernelPath {
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|cause| error("cannot load the TC programs", &cause))?;
-        for name in [ENCAP, DECAP] {
+        for name in PROGRAMS {
             classifier(&mut ebpf, name)?
                 .load()
                 .map_err(|cause| error(format!("the kernel does not take {name}"), &cause))?;
@@ -153,6 +158,10 @@ impl KernelPath {
         self.program(DECAP)
     }
 
+    pub fn receive(&self) -> Result<BorrowedFd<'_>, Error> {
+        self.program(RECEIVE)
+    }
+
     /// Pins the maps, in place of what was pinned before. After the programs are attached: a directory that holds maps
     /// nobody looks at would mislead the next agent.
     pub fn pin(&mut self) -> Result<(), Error> {
@@ -187,6 +196,7 @@ impl KernelPath {
             valid_until: before.valid_until,
             uplinks: before.uplinks,
             foreign: before.foreign,
+            rx_port: before.rx_port,
             ..wanted
         } == before;
         if !harmless && before.valid_until != 0 {
@@ -264,6 +274,30 @@ impl KernelPath {
         self.table.direct()
     }
 
+    /// What passed between us and each peer since it came into the table. The times are of `CLOCK_BOOTTIME`.
+    pub fn traffic(&self) -> Result<Vec<(Ipv4Addr, Traffic)>, Error> {
+        let map = self.ebpf.map("peers").ok_or_else(|| missing("peers"))?;
+        let map: PerCpuHashMap<_, Be32, Traffic> = map.try_into().map_err(|cause| error("peers", &cause))?;
+        let mut found = Vec::new();
+        for key in map.keys() {
+            let key = key.map_err(|cause| error("cannot read the peers", &cause))?;
+            let Ok(each) = map.get(&key, 0) else {
+                continue; // it went meanwhile
+            };
+            let mut total = Traffic::default();
+            for one in each.iter() {
+                total.out_packets += one.out_packets;
+                total.out_bytes += one.out_bytes;
+                total.in_packets += one.in_packets;
+                total.in_bytes += one.in_bytes;
+                total.drops += one.drops;
+                total.heard = total.heard.max(one.heard);
+            }
+            found.push((Ipv4Addr::from_bits(u32::from_be(key.0)), total));
+        }
+        Ok(found)
+    }
+
     fn table_size(&self) -> u32 {
         slots(self.network.1, self.subnet_len).unwrap_or(0)
     }
@@ -297,6 +331,11 @@ impl KernelPath {
         let mut uplinks = [0; UPLINKS];
         uplinks[..settings.uplinks.len()].copy_from_slice(&settings.uplinks);
         let (network, own) = (settings.network, settings.own);
+        // For as long as the maps live: packets on their way would be refused by new ones.
+        let (rx_mark, rx_vni) = match self.config.rx_mark {
+            0 => secrets()?,
+            mark => (mark, self.config.rx_vni),
+        };
         Ok(Config {
             valid_until: settings.valid_until,
             layout: LAYOUT,
@@ -312,7 +351,9 @@ impl KernelPath {
             subnet_len: u32::from(self.subnet_len),
             foreign: self.config.foreign,
             uplinks,
-            pad: 0,
+            rx_port: settings.rx_port.into(),
+            rx_mark,
+            rx_vni,
         })
     }
 }
@@ -382,7 +423,7 @@ impl Bench {
             .override_global("mac_header", &(ETHERNET as u32), true)
             .load(OBJECT)
             .map_err(|cause| error("cannot load the TC programs", &cause))?;
-        for name in [ENCAP, DECAP] {
+        for name in PROGRAMS {
             classifier(&mut ebpf, name)?
                 .load()
                 .map_err(|cause| error(format!("the kernel does not take {name}"), &cause))?;
@@ -517,6 +558,19 @@ fn checksum(header: &[u8]) -> u16 {
         .sum();
     let sum = (sum & 0xffff) + (sum >> 16);
     !(((sum & 0xffff) + (sum >> 16)) as u16)
+}
+
+/// A mark that is not 0, and 24 bits.
+fn secrets() -> Result<(u16, u32), Error> {
+    let (mut mark, mut vni) = ([0_u8; 2], [0_u8; 4]);
+    for bytes in [&mut mark[..], &mut vni[1..]] {
+        // SAFETY: it writes at most as many bytes into ours as they are.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        if usize::try_from(got) != Ok(bytes.len()) {
+            return Err(error("getrandom", &io::Error::last_os_error()));
+        }
+    }
+    Ok((u16::from_ne_bytes(mark).max(1), u32::from_be_bytes(vni)))
 }
 
 fn mask(length: u8) -> u32 {

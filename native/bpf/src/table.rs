@@ -5,9 +5,10 @@ use std::net::Ipv4Addr;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError};
+use aya::maps::{Array, LpmTrie, MapData, MapError, PerCpuHashMap, PerCpuValues};
+use aya::util::nr_cpus;
 
-use crate::layout::{Be32, FOREIGN, ForeignHop, Hop};
+use crate::layout::{Be32, FOREIGN, ForeignHop, Hop, Traffic};
 use crate::{Error, NOBODY, error, mask, missing};
 
 /// One route: a subnet and the host that has it.
@@ -79,7 +80,7 @@ impl Table {
             let hop = (value.hop.address.0, value.hop.direct);
             table.foreign.insert((key.prefix_len(), key.data().0), hop);
         }
-        let peers: HashMap<_, Be32, u32> = map("peers")?.try_into().map_err(read)?;
+        let peers: PerCpuHashMap<_, Be32, Traffic> = map("peers")?.try_into().map_err(read)?;
         for found in peers.keys() {
             table.peers.insert(found.map_err(read)?.0);
         }
@@ -101,7 +102,7 @@ impl Table {
         let mut changed = false;
         let mut peers = peers(ebpf)?;
         for address in self.peers.difference(&before.peers) {
-            peers.insert(Be32(*address), 1, 0).map_err(write)?;
+            peers.insert(Be32(*address), nothing_yet()?, 0).map_err(write)?;
             changed = true;
         }
         let mut foreign = foreign(ebpf)?;
@@ -154,6 +155,12 @@ impl Table {
     }
 }
 
+/// The counts of a new peer, one for each processor.
+fn nothing_yet() -> Result<PerCpuValues<Traffic>, Error> {
+    let processors = nr_cpus().map_err(|(file, cause)| error(file, &cause))?;
+    PerCpuValues::try_from(vec![Traffic::default(); processors]).map_err(|cause| error("peers", &cause))
+}
+
 fn hop(peer: Peer) -> (u32, u32) {
     (Be32::from(peer.address).0, u32::from(peer.direct))
 }
@@ -198,7 +205,7 @@ fn foreign(ebpf: &mut Ebpf) -> Result<LpmTrie<&mut MapData, Be32, ForeignHop>, E
     map.try_into().map_err(write)
 }
 
-fn peers(ebpf: &mut Ebpf) -> Result<HashMap<&mut MapData, Be32, u32>, Error> {
+fn peers(ebpf: &mut Ebpf) -> Result<PerCpuHashMap<&mut MapData, Be32, Traffic>, Error> {
     let map = ebpf.map_mut("peers").ok_or_else(|| missing("peers"))?;
     map.try_into().map_err(write)
 }

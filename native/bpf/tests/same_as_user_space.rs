@@ -70,6 +70,7 @@ fn settings(check: PeerCheck) -> Settings {
         network: (Ipv4Addr::new(172, 17, 0, 0), 16),
         own: (Ipv4Addr::new(172, 17, 41, 0), 24),
         uplinks: vec![index("eth0")],
+        rx_port: 0,
     }
 }
 
@@ -468,7 +469,7 @@ fn pins_are_taken_over_if_they_are_ours_and_of_our_size() {
     fourth.pin().unwrap();
     assert!(KernelPath::load(&pins, network, 24).unwrap().taken_over());
     let data = aya::maps::MapData::from_pin(pins.join("config")).unwrap();
-    let mut map: aya::maps::Array<_, [u8; 88]> = aya::maps::Map::Array(data).try_into().unwrap();
+    let mut map: aya::maps::Array<_, [u8; 96]> = aya::maps::Map::Array(data).try_into().unwrap();
     let mut config = map.get(&0, 0).unwrap();
     config[8] += 1; // the layout
     map.set(0, config, 0).unwrap();

@@ -188,6 +188,7 @@ struct Wanted {
     network: String,
     own: String,
     uplinks: Vec<u32>,
+    rx_port: u16,
 }
 
 impl Wanted {
@@ -204,6 +205,7 @@ impl Wanted {
             network: subnet(&self.network, "network")?,
             own: subnet(&self.own, "own")?,
             uplinks: self.uplinks,
+            rx_port: self.rx_port,
         })
     }
 }
@@ -240,10 +242,30 @@ impl KernelPath {
         direct.iter().map(ToString::to_string).collect()
     }
 
-    fn programs(&self) -> PyResult<(RawFd, RawFd)> {
+    fn programs(&self) -> PyResult<(RawFd, RawFd, RawFd)> {
         let path = self.lock();
-        let encap = path.encap().map_err(refused)?.as_raw_fd();
-        Ok((encap, path.decap().map_err(refused)?.as_raw_fd()))
+        let (encap, decap, receive) = (path.encap(), path.decap(), path.receive());
+        let fd = |program: Result<BorrowedFd<'_>, kernelpath::Error>| {
+            program.map_err(refused).map(|program| program.as_raw_fd())
+        };
+        Ok((fd(encap)?, fd(decap)?, fd(receive)?))
+    }
+
+    fn peers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let peers = PyDict::new(py);
+        for (peer, traffic) in py.detach(|| self.lock().traffic()).map_err(refused)? {
+            let heard = traffic.heard_ago().map(|ago| ago.as_secs_f64());
+            let row = (
+                traffic.out_packets,
+                traffic.out_bytes,
+                traffic.in_packets,
+                traffic.in_bytes,
+                traffic.drops,
+                heard,
+            );
+            peers.set_item(peer.to_string(), row)?;
+        }
+        Ok(peers)
     }
 
     fn configure(&self, py: Python<'_>, settings: Wanted) -> PyResult<()> {
