@@ -9,18 +9,22 @@ What every path must carry and refuse is in test_agent_packets.py, over both. Ne
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import platform
 import re
 import socket
 import struct
 import subprocess
 import threading
+import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from flanctl.agent.backends.kernel_path import RX_PORTS
+from flanctl.agent.backends.kernel_path import GRACE, RX_PORTS
 from flanctl.agent.kernel.tc import PREFERENCE
 from flanctl.demo.hosts import Lab
 from flanctl.registry.stores.sqlite import SqliteStore
@@ -305,6 +309,44 @@ def test_a_dead_agents_packets_flow_until_its_lease_ends(net: Net) -> None:
     one.kill()
     assert reaches(box1, box2.address)
     until(lambda: not reaches(box1, box2.address), seconds=30, what="the lease has ended")
+
+
+def valid_until(pins: Path) -> float:
+    """Seconds from now at which the programs of these maps give everything to user space (`struct config`, flannel.h)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+    path, key, value = (
+        ctypes.create_string_buffer(bytes(pins / "config")),
+        ctypes.c_uint32(0),
+        (ctypes.c_uint64 * 12)(),
+    )
+    get = struct.pack("=QII", ctypes.addressof(path), 0, 0)
+    channel = libc.syscall(number, 7, get, len(get))  # BPF_OBJ_GET
+    assert channel >= 0, os.strerror(ctypes.get_errno())
+    try:
+        look = struct.pack("=IxxxxQQQ", channel, ctypes.addressof(key), ctypes.addressof(value), 0)
+        assert libc.syscall(number, 1, look, len(look)) == 0  # BPF_MAP_LOOKUP_ELEM
+    finally:
+        os.close(channel)
+    return value[0] / 1e9 - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def test_a_stopped_agents_path_ends_after_a_moment_and_a_killed_ones_with_the_lease(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    two.kill()
+    pins = net.lab._pins()
+    assert len(pins) == 2
+    ends = {path: valid_until(path) for path in pins}
+    assert all(end > 80_000 for end in ends.values()), "a lease's day"
+    assert one.terminate() == 0
+    left = sorted(valid_until(path) for path in pins)
+    assert 60 < left[0] <= GRACE
+    assert left[1] > 80_000
+    assert reaches(box1, box2.address)
+    one.again().wait()
+    assert all(valid_until(path) > 80_000 for path in pins)
 
 
 # ---- the device that receives for us --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -48,6 +49,9 @@ RX = "-rx"
 MOST_UPLINKS = 8
 FIRST_SAMPLE, SAMPLE = 64, 8
 FOREVER = (1 << 64) - 1
+GRACE = 120
+"""Seconds for which the path goes on when its agent was stopped: time for a restart, and for an upgrade. Then nobody follows the
+leases any more, and flanneld may be what runs here next."""
 AGAIN = 60
 """Looks (one in five seconds) between two at the firewall's rules, which takes a while."""
 
@@ -100,6 +104,8 @@ class KernelSide:
         self._peer_check = peer_check
         self._bpffs = bpffs
         self._path: KernelPath | None = None
+        self._settings: KernelSettings | None = None
+        """What `_path` was told last."""
         self._ids = (0, 0, 0)
         self._remembered: frozenset[IPv4Address] = frozenset()
         """Hosts that an agent before us knew to run flanctl."""
@@ -152,6 +158,7 @@ class KernelSide:
             path = self._path or self._load(settings)
             settings["rx_port"] = self._have_receiver(path)
             path.configure(settings)
+            self._settings = settings
             ours = self._remembered if flanctl is None else flanctl
             path.replace_peers(
                 [
@@ -174,6 +181,16 @@ class KernelSide:
     def lost(self) -> None:
         """Our subnet is another host's. Left alone the programs would carry it until the lease we had would have ended."""
         self._withdraw("our subnet is another host's")
+
+    def stopping(self) -> None:
+        """The agent was asked to end: the path has GRACE left. Never raises."""
+        if self._path is None or self._settings is None or not self.attached:
+            return
+        end = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + GRACE * 10**9
+        try:
+            self._path.configure({**self._settings, "valid_until": min(self._settings["valid_until"], end)})
+        except RuntimeError:
+            return  # it goes on until the lease ends, as after a kill
 
     def counters(self) -> Mapping[str, int]:
         path = self._path

@@ -283,6 +283,8 @@ class UdpBackend:
 
     def stop(self) -> None:
         self._stopped.set()
+        if self._side is not None:
+            self._side.stopping()
         if self._plane is not None:
             self._plane.stop(2.0)
         if self._socket is not None:
