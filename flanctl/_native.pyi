@@ -99,4 +99,6 @@ class KernelPath:
         """
 
     def counters(self) -> dict[str, int]:
-        """`out_packets out_bytes in_packets in_bytes`, `drop_<reason>`, and `pass_<reason>`: given to user space."""
+        """`out_packets out_bytes in_packets in_bytes`, `stack_given stack_returned` (flanctl_dec to flannel0-rx),
+        `drop_<reason>`, and `pass_<reason>`: given to user space.
+        """

@@ -358,12 +358,14 @@ def received(host: Host | Container, device: str = "flannel0-rx") -> int:
     return int(shown[0]["stats64"]["rx"]["packets"])
 
 
-def transfer(server: Container | Host, to: IPv4Address, client: Container | Host) -> None:
+def transfer(
+    server: Container | Host, to: IPv4Address, client: Container | Host, seconds: float = 10
+) -> None:
     """A TCP connection with a megabyte from the client to the server."""
     with inside(server.path):
         listener = socket.create_server((str(to), 5001))
     with inside(client.path):
-        sender = socket.create_connection((str(to), 5001), timeout=10)
+        sender = socket.create_connection((str(to), 5001), timeout=seconds)
     receiver, _ = listener.accept()
     receiver.settimeout(10)
     thread = threading.Thread(target=lambda: (sender.sendall(bytes(1 << 20)), sender.close()))
@@ -401,6 +403,37 @@ def test_tcp_to_containers_is_unpacked_by_the_kernels_own_tunnel_and_the_rest_is
     assert received(two.host) == before
     drops = {name: count for name, count in two.counters().items() if "drop" in name}
     assert drops == {}
+
+
+@pytest.mark.parametrize(
+    "rule", ["-t nat -A POSTROUTING -j MASQUERADE", "-A INPUT -m conntrack --ctstate INVALID -j DROP"]
+)
+def test_nat_and_connection_tracking_leave_the_way_through_the_stack_alone(net: Net, rule: str) -> None:
+    """NAT drops the socket a program has given a packet, if that socket's other end is another port than the packet's."""
+    one, two = net.add(*TC, "--ip-masq"), net.add(*TC, "--ip-masq")
+    box1, box2 = net.boxes.values()
+    for host in (one.host, two.host):
+        host.run(["iptables", *rule.split()])
+    direct(one, two, box1, box2)
+    before = received(two.host)
+    transfer(box2, box2.address, box1)
+    assert received(two.host) > before
+    drops = {name: count for name, count in two.counters().items() if "drop" in name}
+    assert drops == {}
+
+
+def test_where_the_stack_takes_what_it_is_given_tcp_goes_on_without_it(net: Net) -> None:
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    two.host.run(["iptables", "-A", "INPUT", "-p", "udp", "--dport", str(PORT), "-j", "DROP"])
+    transfer(box2, box2.address, box1, seconds=40)
+    why = "what was given to the stack did not come out of flannel0-rx; UDP port 8285 must pass INPUT"
+    assert why in net.status(two)["data_path_why"]
+    two.wait_log(why)
+    before = two.counters()["kernel-stack-given"]
+    transfer(box2, box2.address, box1)
+    assert two.counters()["kernel-stack-given"] == before
 
 
 def test_who_finds_the_receiving_port_brings_nothing_in(net: Net) -> None:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 BPFFS = Path("/sys/fs/bpf")
 ENCAP, DECAP, RECEIVE = "flanctl_enc", "flanctl_dec", "flanctl_rx"
+UNRETURNED = 3
+"""Datagrams given to the stack of which none came back that mean that something there takes them. A connection tries as often."""
 RX_PORTS = range(58285, 58301)
 """UDP ports that the device for RECEIVE may take, the first that is free. Nothing is sent to it from outside."""
 RX = "-rx"
@@ -118,6 +120,11 @@ class KernelSide:
         self._until_look = 0
         self._inert = ""
         self._no_receiver = ""
+        self._returned: tuple[int, int] | None = None
+        """Packets that had come out of the receiver when that number last changed, and datagrams given to the stack until then."""
+        self._given = 0
+        """Datagrams given to the stack until the last look."""
+        self._swallowed = False
         self.attached = False
         self.why = "it has not been tried yet"
         """Why it is not attached; while it is, what an operator should know about it, or nothing."""
@@ -290,6 +297,10 @@ class KernelSide:
     def _have_receiver(self, path: KernelPath) -> int:
         """The VXLAN-GPE device with RECEIVE on it: its port. 0 where it cannot be had; `_no_receiver` says why."""
         name = receiver_of(self._device)
+        self._watch_receiver(path.counters())
+        if self._swallowed:
+            self._no_receiver = f"what was given to the stack did not come out of {name}; UDP port {self._config.udp_port} must pass INPUT"
+            return 0
         try:
             link = self._kernel.link(name)
             if link is None:
@@ -307,6 +318,16 @@ class KernelSide:
             return 0
         self._no_receiver = ""
         return port
+
+    def _watch_receiver(self, counters: Mapping[str, int]) -> None:
+        """Something in the stack may take what flanctl_dec gives it: a rule on INPUT, a hook that takes the socket away. Then ping
+        works and TCP does not, so that way is left for good.
+        """
+        if self._returned is None or counters["stack_returned"] != self._returned[0]:
+            self._returned = counters["stack_returned"], counters["stack_given"]
+        elif self._given - self._returned[1] >= UNRETURNED:
+            self._swallowed = True  # by then they were not on their way any more
+        self._given = counters["stack_given"]
 
     def _make_receiver(self, name: str) -> Link:
         """The device, up, for only then is its port taken. Raises FlanctlError."""

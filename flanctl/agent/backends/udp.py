@@ -253,7 +253,7 @@ class UdpBackend:
         if self._side is not None:
             for name, count in self._side.counters().items():
                 total[f"kernel_{name}"] = count
-                if not name.startswith("pass_"):
+                if not name.startswith(("pass_", "stack_")):
                     total[name] = total.get(name, 0) + count
         return total
 

@@ -343,7 +343,7 @@ static __always_inline int by_stack(struct __sk_buff *skb, const struct config *
                       },
                   .udp =
                       {
-                          .source = c->port,
+                          .source = 0, /* as the socket's other end: NAT takes away one that has another (nf_nat_ipv4_local_in) */
                           .dest = c->port,
                           .len = bpf_htons(inner + sizeof(struct udphdr) + sizeof(struct gpe)),
                       }},
@@ -354,6 +354,7 @@ static __always_inline int by_stack(struct __sk_buff *skb, const struct config *
     bpf_sk_release(socket);
     if (failed)
         return TC_ACT_SHOT;
+    count(STACK_GIVEN, 1, 0);
     skb->tc_classid = c->rx_mark; /* TC_ACT_OK makes it the tc_index */
     return TC_ACT_OK;
 }
@@ -453,6 +454,7 @@ SEC("classifier") int flanctl_rx(struct __sk_buff *skb) {
     if (!c || skb->tc_index != c->rx_mark ||
         bpf_skb_get_tunnel_key(skb, &key, offsetof(struct bpf_tunnel_key, remote_ipv6[1]), 0) || key.tunnel_id != c->rx_vni)
         return drop(DROP_UNKNOWN_SENDER); /* somebody found the port: flanctl_dec did not look at this one */
+    count(STACK_RETURNED, 1, 0);
     skb->tc_index = 0;
     return bpf_redirect(c->tun, BPF_F_INGRESS);
 }

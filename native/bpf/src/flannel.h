@@ -65,6 +65,8 @@ struct count {
 enum event {
     SENT,
     RECEIVED,
+    STACK_GIVEN, /* of those received: on the way through the stack to flannel0-rx */
+    STACK_RETURNED, /* came out there; several given may be one, put together */
     FIRST_DROP,
     DROP_SHORT = FIRST_DROP,
     DROP_BAD_VERSION,

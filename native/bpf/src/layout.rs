@@ -120,6 +120,9 @@ pod!(Config, Be32, Hop, ForeignHop, Count, Traffic);
 /// `enum event` of flannel.h: the names of the counters, in order.
 pub const SENT: u32 = 0;
 pub const RECEIVED: u32 = 1;
+pub const STACK_GIVEN: u32 = 2;
+pub const STACK_RETURNED: u32 = 3;
+pub const FIRST_DROP: u32 = 4;
 pub const DROPS: [&str; 8] = [
     "short",
     "bad_version",
@@ -138,7 +141,7 @@ pub const PASSES: [&str; 6] = [
     "expired",
     "other",
 ];
-pub const EVENTS: u32 = 2 + DROPS.len() as u32 + PASSES.len() as u32;
+pub const EVENTS: u32 = FIRST_DROP + DROPS.len() as u32 + PASSES.len() as u32;
 
 /// What a map must be like to be ours: name, bytes of key and value, and its size where the loader does not choose it.
 pub const MAPS: [(&str, usize, usize); 5] = [

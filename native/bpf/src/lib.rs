@@ -24,7 +24,10 @@ use aya::maps::{Array, MapInfo, PerCpuArray, PerCpuHashMap};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 
-use layout::{Be32, Count, DROPS, EVENTS, FOREIGN, Hop, LAYOUT, MAPS, PASSES, RECEIVED, SENT};
+use layout::{
+    Be32, Count, DROPS, EVENTS, FIRST_DROP, FOREIGN, Hop, LAYOUT, MAPS, PASSES, RECEIVED, SENT, STACK_GIVEN,
+    STACK_RETURNED,
+};
 pub use layout::{Config, Traffic, UPLINKS};
 pub use table::Peer;
 use table::Table;
@@ -240,7 +243,8 @@ impl KernelPath {
         Ok(changed || removed)
     }
 
-    /// Names and totals since the maps were made: packets and bytes by direction, then `drop_…`, then `pass_…`.
+    /// Names and totals since the maps were made: packets and bytes by direction, those that took the way through the stack,
+    /// then `drop_…`, then `pass_…`.
     pub fn counters(&self) -> Result<Vec<(String, u64)>, Error> {
         let map = self.ebpf.map("counters").ok_or_else(|| missing("counters"))?;
         let map: PerCpuArray<_, Count> = map.try_into().map_err(|cause| error("counters", &cause))?;
@@ -260,12 +264,17 @@ impl KernelPath {
             ("out_bytes".to_owned(), sent.bytes),
             ("in_packets".to_owned(), received.packets),
             ("in_bytes".to_owned(), received.bytes),
+            ("stack_given".to_owned(), totals[STACK_GIVEN as usize].packets),
+            (
+                "stack_returned".to_owned(),
+                totals[STACK_RETURNED as usize].packets,
+            ),
         ];
         let names = DROPS
             .iter()
             .map(|name| format!("drop_{name}"))
             .chain(PASSES.iter().map(|name| format!("pass_{name}")));
-        found.extend(names.zip(totals[2..].iter().map(|total| total.packets)));
+        found.extend(names.zip(totals[FIRST_DROP as usize..].iter().map(|total| total.packets)));
         Ok(found)
     }
 
