@@ -7,7 +7,7 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -25,7 +25,7 @@ from flanctl.registry.stores.store import (
 )
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
-from tests.support.stores import VERSIONS
+from tests.support.stores import SERVED, VERSIONS, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -703,16 +703,15 @@ def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: s
             assert reader.wait_for(2)[1:] == [Put(changed)]
 
 
-@pytest.mark.parametrize("prefer", ["gateway", "grpc"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("kind", "version"), SERVED)
 def test_a_server_killed_and_back_costs_a_watch_nothing(
-    tmp_path: Path, prefix: str, version: Version, prefer: Literal["gateway", "grpc"]
+    tmp_path: Path, prefix: str, kind: str, version: Version
 ) -> None:
-    with Cluster(version, folder=tmp_path) as cluster, contextlib.ExitStack() as stack:
-        connection = Connection(cluster.endpoints)
-        store, other = (
-            stack.enter_context(contextlib.closing(open_store(connection, prefer=prefer))) for _ in "ab"
-        )
+    with (
+        Cluster(version, folder=tmp_path, v2=kind == "v2") as cluster,
+        opened(kind, cluster.endpoints) as store,
+        opened(kind, cluster.endpoints) as other,
+    ):
         first = store.create(prefix + "a", b"1", ttl=LONG)
 
         def write() -> Entry | None:
@@ -728,4 +727,5 @@ def test_a_server_killed_and_back_costs_a_watch_nothing(
             cluster.restart(0)
             after = until(write)
             assert reader.wait_for(2) == [Put(before), Put(timeless(after))]
-        assert timeless(store.refresh(first, ttl=LONG)) == timeless(first)
+        renewed = store.refresh(first, ttl=LONG)
+        assert (renewed.key, renewed.value, renewed.lease) == (first.key, first.value, first.lease)

@@ -17,7 +17,7 @@ from flanctl.registry.stores.endpoints import parse_endpoints
 from flanctl.registry.stores.store import KeyExists, Put
 from tests.support.deadline import until
 from tests.support.etcd import Cluster
-from tests.support.stores import STORES, VERSIONS, WITH_V2, kinds
+from tests.support.stores import SERVED, STORES, VERSIONS, WITH_V2, kinds, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,6 +155,30 @@ def test_a_leader_killed_and_a_member_frozen_lose_and_double_no_event(
             written = [(entry.value, entry.revision) for entry in writer.acknowledged]
             assert seen == written, kind
             assert writer.longest < TIMEOUT
+
+
+@pytest.mark.parametrize(("kind", "version"), SERVED)
+def test_a_lost_quorum_is_noticed_by_calls_and_by_a_watch(
+    tmp_path: Path, kind: str, version: Version
+) -> None:
+    """The member that is left answers, and knows nothing."""
+    with (
+        Cluster(version, 3, v2=kind == "v2", folder=tmp_path) as cluster,
+        opened(kind, cluster.endpoints, timeout=3.0) as store,
+    ):
+        entry = store.create("/quorum/a", b"1", ttl=None)
+        with store.watch("/quorum/", after=entry.revision) as watch:
+            cluster.kill(1)
+            cluster.kill(2)
+            begin = time.monotonic()
+            with pytest.raises(RegistryUnreachable):
+                for _ in watch:
+                    assert time.monotonic() - begin < 40, "a watch without quorum goes on as if nothing were"
+            with pytest.raises(RegistryUnreachable):
+                store.get("/quorum/a")
+            cluster.restart(1, 2)
+            changed = store.replace("/quorum/a", b"2", ttl=None, expected=entry.revision)
+            assert next(event for event in watch if isinstance(event, Put)) == Put(changed)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
