@@ -373,3 +373,21 @@ def test_a_full_etcd_is_named_and_reads_watches_renewals_and_deletions_go_on(
         cluster.etcdctl("defrag")
         cluster.etcdctl("alarm", "disarm")
         assert store.create("/full/new", b"v", ttl=60)
+
+
+@pytest.mark.needs("etcd34")
+def test_v2s_keys_have_no_quota_and_an_alarm_ends_no_watch_of_them(tmp_path: Path) -> None:
+    """3.4's health is then `false`, as without a leader, and no word says why."""
+    with Cluster("3.4", folder=tmp_path, v2=True) as cluster, opened("v2", cluster.endpoints) as store:
+        link = http.client.HTTPConnection(cluster.endpoints[0].removeprefix("http://"), timeout=10)
+        raised = {"action": "ACTIVATE", "memberID": str(int(cluster.id(0), 16)), "alarm": "NOSPACE"}
+        with contextlib.closing(link):
+            link.request("POST", "/v3/maintenance/alarm", json.dumps(raised))
+            assert b"NOSPACE" in link.getresponse().read()
+            link.request("GET", "/health")
+            assert json.loads(link.getresponse().read()) == {"health": "false"}
+        entry = store.create("/full/a", b"v", ttl=60)
+        with store.watch("/full/", after=entry.revision - 1) as watch:
+            assert isinstance(next(watch), Put)
+            assert store.delete(entry.key, expected=entry.revision)
+            assert isinstance(next(watch), Delete)

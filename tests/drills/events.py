@@ -1,11 +1,10 @@
-"""A writer of subnets, 50 times a second; a follower that is told of them; and etcd's own history to judge by.
+"""A writer of subnets, 50 times a second; a follower that is told of them; and what to make of the two.
 
 with Follower(host, endpoints) as follower, Writer(host, endpoints, names) as writer:
     writer.go_on(50)
     revision = writer.revision
     until(lambda: follower.revision >= revision)
-truth = history(cluster, since)
-count(truth, follower.told)           # written, seen, lost, doubled
+count(truth, follower.told)           # written, seen, lost, doubled; the truth is etcd's own (truth.py)
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import subprocess
 import threading
 import time
-from base64 import b64decode
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
     from flanctl.demo.hosts import Host
     from flanctl.registry.stores.store import Entry, Store
-    from tests.support.etcd import Cluster
+    from tests.drills.truth import Happened
 
 RATE = 50
 """Changes a second."""
@@ -40,9 +38,6 @@ TTL = 3600.0
 """Seconds; longer than any drill, so that nothing ends by itself."""
 FIRST = IPv4Address("10.99.0.1")
 """Public IP of the first change; each has another one, so that each can be told from all others."""
-
-Happened = tuple[int, str, str]
-"""Revision, key, public IP: of what was put there, or of what was deleted."""
 
 
 class Writer:
@@ -87,8 +82,14 @@ class Writer:
         self._thread.join()
         assert self._error is None, repr(self._error)
 
-    def pause(self) -> None:
-        """Write nothing more until `go_on`; what was added is removed again when this returns."""
+    def pause(self, *, refused: bool = False) -> None:
+        """Write nothing more until `go_on`; what was added is removed again when this returns.
+
+        With `refused` not before etcd has refused a change.
+        """
+        if refused:
+            failed = self.failed
+            until(lambda: self.failed > failed or self._error, what="a change is refused")
         self._may.clear()
         until(self._rests.is_set, seconds=60, what="the writer rests")
 
@@ -125,17 +126,17 @@ class Writer:
         while True:
             for key in self._keys:
                 entry: Entry | None = None
-                self._between, step = False, 0
+                step = 0
                 while step < 3:
+                    self._between = False
                     try:
                         entry = self._change(store, key, entry, step)
                     except FlanctlError:
                         self.failed += 1
+                        entry = self._read(store, key)
+                        step = 0 if entry is None else 2
+                        self._between = entry is None
                         yield False
-                        if (entry := self._read(store, key)) is None:
-                            step = 0
-                            continue
-                        step = 2
                         continue
                     step += 1
                     self._between = step == 3
@@ -267,32 +268,3 @@ def count(truth: Sequence[Happened], told: Sequence[Told]) -> Count:
         lost=sum(one not in seen for one in truth),
         doubled=sum(times - 1 for times in seen.values()),
     )
-
-
-def history(
-    cluster: Cluster, folder: str, *, after: int, last: int, known: Mapping[str, str]
-) -> list[Happened]:
-    """What happened below `folder` after a revision, up to `last`, as etcd tells it to etcdctl.
-
-    `known` is the public IP of each key there at `after`: a deletion does not tell whose it was.
-    """
-    owner = dict(known)
-    found: list[Happened] = []
-    reached, deadline = after, time.monotonic() + 60.0
-    while reached < last:
-        assert time.monotonic() < deadline, f"etcd's history ends at {reached}, before {last}"
-        command = ("watch", "--prefix", folder, f"--rev={reached + 1}", "-w", "json")
-        with cluster.etcdctl_running(*command) as process:
-            assert process.stdout is not None
-            while reached < last and (line := process.stdout.readline()):  # a member may end a watch
-                answer = json.loads(line)
-                assert not answer.get("CompactRevision"), "etcd has forgotten its history"
-                for event in answer.get("Events") or ():
-                    key = b64decode(event["kv"]["key"]).decode()
-                    reached = int(event["kv"]["mod_revision"])
-                    if event.get("type"):
-                        whose = owner.pop(key)
-                    else:
-                        whose = owner[key] = json.loads(b64decode(event["kv"]["value"]))["PublicIP"]
-                    found.append((reached, key, whose))
-    return found

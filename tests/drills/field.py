@@ -6,9 +6,10 @@
 
 How to add a drill:
 
-    @drill("leader-killed", short=["3.7"])                 # full on both versions, short (in `make test`) on these
+    @drill("leader-killed", short=["3.7"])                 # full on both versions, short (in `make test`) on these;
+                                                           # v2=True: and on 3.4 with agents that live on etcd v2
     def test_what_is_true_then(field: Field) -> None:
-        field.start()                                      # v2=True, tls=…, user=… where the drill wants them
+        field.start()                                      # tls=…, user=…, disks=… where the drill wants them
         with field.measuring() as measured:                # everything is up and goes on
             leader = field.cluster.leader()
             measured.hurt()                                # from here on the time to recover runs
@@ -25,6 +26,7 @@ route is dropped. CPU and memory are judged in full drills only; short ones are 
 
 - An agent ends and starts inside `measured.end_agent(i)` and `measured.start_agent(i)`: its packets are not counted meanwhile.
 - Where history is lost (compaction, lost data): `measured.seal()` before, `measured.reopened()` once the follower is back.
+  Where it is while everybody watches: `measured.seal(marked=False)` before, and MARKER is gone.
 - What else was measured: `measured.note(ready_seconds=0.9)`; it stands in the row.
 
 `make drills` runs all at full length and renews docs/drills.json and the tables in docs/drills.md.
@@ -36,8 +38,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import time
-from base64 import b64decode
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -49,8 +51,9 @@ from flanctl.agent.status_client import ask
 from flanctl.demo.hosts import Lab
 from flanctl.registry.stores.open import Connection
 from tests.drills import rows
-from tests.drills.events import Follower, Happened, Writer, count, history
+from tests.drills.events import Follower, Writer, count
 from tests.drills.traffic import Traffic
+from tests.drills.truth import FOLDER, MARK, MARKER, V2Truth, V3Truth
 from tests.e2e.reachability import MTU, wait_until_reachable
 from tests.support.agents import RunningAgent, flanctl
 from tests.support.deadline import until
@@ -62,13 +65,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from flanctl.demo.hosts import Container, Host
+    from tests.drills.truth import Happened, Truth
     from tests.support.etcd import Tls, Version
 
-PREFIX = "/jxdd/network"
-FOLDER = f"{PREFIX}/subnets/"
 NETWORK = IPv4Network("172.17.0.0/16")
-MARKER = f"{FOLDER}172.17.255.0-24"
-"""A key that says where a count ends. No agent and no writer takes it."""
 CHURN = range(200, 250)
 """The third numbers of the subnets that come and go."""
 
@@ -88,30 +88,44 @@ class Case:
     name: str
     version: Version
     full: bool
+    v2: bool = False
+    """The agents live on etcd v2."""
+
+    @property
+    def etcd(self) -> str:
+        """As a row has it: "3.4", "3.4 v2", "3.7"."""
+        return f"{self.version} v2" if self.v2 else self.version
 
     def __str__(self) -> str:
-        return f"{self.version}-{'full' if self.full else 'short'}"
+        return f"{self.etcd.replace(' ', '-')}-{'full' if self.full else 'short'}"
 
 
-def drill(name: str, *, short: Sequence[str] = ("3.7",), on: Sequence[Version] = ("3.4", "3.7")) -> Any:
-    """Mark a test as a drill: see above."""
-    cases = []
-    for version in on:
-        needs = pytest.mark.needs("root", "netns", "tun", "iptables", f"etcd{version.replace('.', '')}")
-        whole = Case(name, version, full=True)
-        cases.append(
-            pytest.param(whole, id=str(whole), marks=[needs, pytest.mark.drill, pytest.mark.timeout(1200)])
-        )
-        if version in short:
-            brief = Case(name, version, full=False)
-            cases.append(pytest.param(brief, id=str(brief), marks=[needs, pytest.mark.timeout(240)]))
-    return pytest.mark.parametrize("field", cases, indirect=True)
+def drill(
+    name: str,
+    *,
+    short: Sequence[str] = ("3.7",),
+    on: Sequence[Version] = ("3.4", "3.7"),
+    v2: bool = False,
+) -> Any:
+    """Mark a test as a drill: see above. With `v2` it has a short form there too."""
+    cases = [Case(name, version, full=True) for version in on]
+    cases += [Case(name, version, full=False) for version in on if version in short]
+    if v2:
+        cases += [Case(name, "3.4", full=full, v2=True) for full in (True, False)]
+    parameters = []
+    for case in cases:
+        needs = pytest.mark.needs("root", "netns", "tun", "iptables", f"etcd{case.version.replace('.', '')}")
+        length = [pytest.mark.drill, pytest.mark.timeout(1200)] if case.full else [pytest.mark.timeout(240)]
+        parameters.append(pytest.param(case, id=str(case), marks=[needs, *length]))
+    return pytest.mark.parametrize("field", parameters, indirect=True)
 
 
 class Field:
     """Everything a drill plays with. `start` builds it, the fixture closes it."""
 
     cluster: Cluster
+    truth: Truth
+    newcomer: RunningAgent
 
     def __init__(self, case: Case, folder: Path, say: Callable[[str], None]) -> None:
         self.case = case
@@ -135,19 +149,22 @@ class Field:
         tls: Tls | None = None,
         extra: Sequence[str] = (),
         names: bool = False,
+        disks: int = 0,
         **connect: str,
     ) -> Self:
         """Members, hosts and agents, up and reaching each other.
 
         `options` are the agents'; `extra` every member's; `connect` how flanctl reaches etcd (user, password, cacert, …,
-        as in Connection). With `names` agents and follower know the members by name, from a hosts file that
-        `move_member` changes.
+        as in Connection). `v2` has etcd serve that too. With `names` agents and follower know the members by name, from a
+        hosts file that `move_member` changes. With `disks` each member's data have a file system of so many MB.
         """
-        self.connect = dict(connect)
+        self.connect = {"api": "v2", **connect} if self.case.v2 else dict(connect)
         self.lab = self._stack.enter_context(Lab("drill"))
         self.members = [self.lab.add_host(f"e{number}") for number in (1, 2, 3)]
         self.hosts = [self.lab.add_host() for _ in range(hosts)]
         self.desk = self.lab.add_host("desk")
+        for index in range(len(self.members) if disks else 0):
+            self._mount(self.disk(index), disks)
         self.cluster = self._stack.enter_context(
             Cluster(
                 self.case.version,
@@ -155,11 +172,12 @@ class Field:
                 folder=self.folder / "etcd",
                 host=[str(host.address) for host in self.members],
                 prefix=[host.command([]) for host in self.members],
-                v2=v2,
+                v2=v2 or self.case.v2,
                 tls=tls,
                 extra=extra,
             )
         )
+        self.truth = V2Truth(self.cluster, self.desk) if self.case.v2 else V3Truth(self.cluster)
         self.endpoints = ",".join(self.cluster.endpoints)
         self.init_network()
         if names:
@@ -183,6 +201,20 @@ class Field:
         for source, target in self.pairs:
             wait_until_reachable(source, target.address)
         return self
+
+    def start_newcomer(self, *options: str) -> None:
+        """An agent on the writer's host, in a subnet that the writer does not take. Not waited for."""
+        held = {agent.subnet for agent in self.agents}
+        subnets = (IPv4Network(f"172.17.{third}.0/24") for third in range(100, CHURN.start))
+        subnet = next(one for one in subnets if one not in held)
+        folder = self.folder / "newcomer"
+        folder.mkdir()
+        (folder / "subnet.env").write_text(
+            f"FLANNEL_NETWORK={NETWORK}\nFLANNEL_SUBNET={subnet.network_address + 1}/24\n"
+            "FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+        )
+        words = ("--iface", "eth0", *options)
+        self.newcomer = RunningAgent.start(self.desk, folder, self.endpoints, *words, **self.environment)
 
     def close(self) -> None:
         self._stack.close()
@@ -216,6 +248,15 @@ class Field:
     def init_network(self) -> None:
         """Put the network's config, as an operator would."""
         flanctl(self.hosts[0], self.endpoints, "net", "init", "--network", str(NETWORK), **self.environment)
+
+    def disk(self, index: int) -> Path:
+        """Where a member's data are."""
+        return self.folder / "etcd" / f"etcd{index}"
+
+    def _mount(self, place: Path, size: int) -> None:
+        place.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "flanctl-drill", place], check=True)
+        self._stack.callback(subprocess.run, ["umount", place], check=True)
 
     def _name_members(self) -> None:
         self._hosts_file = self.folder / "hosts"
@@ -271,7 +312,7 @@ class Field:
 
     def measuring(self) -> Measured:
         if self.case.full:
-            rows.drop(self.case.name, self.case.version)
+            rows.drop(self.case.name, self.case.etcd)
         return Measured(self)
 
 
@@ -323,6 +364,8 @@ class Measured:
             )
             self.follower.wait_listed()
             self._after = int(str(self.follower.listed[0].fields["revision"]))
+            stack.callback(field.truth.close)
+            field.truth.follow(self._after)
             self.writer = stack.enter_context(Writer(field.desk, field.connection, field.keys))
             self._stack = stack.pop_all()
         try:
@@ -400,14 +443,16 @@ class Measured:
                 self.traffic.go_on(one)
         return took
 
-    def seal(self) -> None:
-        """Stop the writer's count here: what was written so far is read from etcd's history and told to the follower."""
+    def seal(self, *, marked: bool = True) -> None:
+        """Stop the writer's count here: what was written so far is read from etcd's history and told to the follower.
+
+        The last of it is MARKER's coming, or its going if it was there and is not to be (`marked`).
+        """
         self.writer.pause()
-        put = self.field.cluster.etcdctl("put", MARKER, '{"PublicIP":"10.98.0.1"}', "-w", "json")
-        last = json.loads(put)["header"]["revision"]
-        self.follower.wait_told(lambda told: told.happened == (last, MARKER, "10.98.0.1"))
-        known = self.state_at(self._after)
-        self._truth += history(self.field.cluster, FOLDER, after=self._after, last=last, known=known)
+        truth = self.field.truth
+        last = truth.mark() if marked else truth.unmark()
+        self.follower.wait_told(lambda told: told.happened == (last, MARKER, MARK))
+        self._truth += truth.happened(self._after, last)
         self._after = last
 
     def reopened(self) -> None:
@@ -418,6 +463,7 @@ class Measured:
             )
         )
         self._after = gone.happened[0]
+        self.field.truth.follow(self._after)
 
     # ---- looks ---------------------------------------------------------------------------------------------------
 
@@ -443,19 +489,9 @@ class Measured:
             and document["state"] == "ready"
         )
 
-    def state_at(self, revision: int) -> dict[str, str]:
-        """Public IP by key, as etcd held it then; 0 is now."""
-        answer = json.loads(
-            self.field.cluster.etcdctl("get", "--prefix", FOLDER, f"--rev={revision}", "-w", "json")
-        )
-        return {
-            b64decode(kv["key"]).decode(): json.loads(b64decode(kv["value"]))["PublicIP"]
-            for kv in answer.get("kvs") or ()
-        }
-
     def _same_leases_everywhere(self) -> None:
         """The follower's words, taken together, say what etcd holds; and the agents have heard of it."""
-        self._final = self.state_at(self._after)
+        self._final = self.field.truth.state()
         listed = self.follower.listed[-1].fields["subnets"]
         state = {_key(str(one["subnet"])): str(one["public_ip"]) for one in listed}  # type: ignore[attr-defined]
         for told in self.follower.told:
@@ -511,7 +547,7 @@ class Measured:
         grown = max(self._ended, key=lambda usage: usage.after - usage.before)
         row = {
             "drill": case.name,
-            "etcd": case.version,
+            "etcd": case.etcd,
             "full": case.full,
             "seconds": round(seconds, 1),
             "packets": {

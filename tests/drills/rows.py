@@ -70,7 +70,15 @@ TITLES = {
         "所有成员逐个换到新地址(按主机名访问)",
     ),
     "list-during-failover": ("20,000 leases listed while the leader dies", "leader 被杀时列出 20,000 个租约"),
-    "disk-full": ("NOSPACE alarm: etcd takes no writes", "NOSPACE 告警:etcd 拒绝写入"),
+    "nospace-alarm": ("NOSPACE alarm: etcd takes no writes", "NOSPACE 告警:etcd 拒绝写入"),
+    "quota-used-up": (
+        "quota used up; then compacted, defragmented, disarmed",
+        "配额用尽;随后压缩、碎片整理、解除告警",
+    ),
+    "disk-full": (
+        "file systems of two members full, the leader's first: both end",
+        "两个成员(先 leader)的文件系统写满,成员退出",
+    ),
     "auth-on": ("logins switched on and off", "开启再关闭登录认证"),
     "token-expiry": ("tokens end between all uses", "令牌在两次使用之间过期"),
     "certificates-rotated": ("all certificates and the CA replaced", "更换全部证书和 CA"),
@@ -80,7 +88,7 @@ TITLES = {
 
 
 def keep(row: dict[str, Any]) -> None:
-    """Put a row where that of the drill and version stood."""
+    """Put a row where that of the drill and etcd ("3.4", "3.4 v2", "3.7") stood."""
     row = {**row, "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **_conditions()}
     order = list(TITLES)
     rows = [*_without(row["drill"], row["etcd"]), row]
@@ -88,13 +96,13 @@ def keep(row: dict[str, Any]) -> None:
     _write(rows)
 
 
-def drop(drill: str, version: str) -> None:
+def drop(drill: str, etcd: str) -> None:
     """What was measured once says nothing of a drill that begins anew, and may fail."""
-    _write(_without(drill, version))
+    _write(_without(drill, etcd))
 
 
-def _without(drill: str, version: str) -> list[dict[str, Any]]:
-    return [one for one in _read() if (one["drill"], one["etcd"]) != (drill, version)]
+def _without(drill: str, etcd: str) -> list[dict[str, Any]]:
+    return [one for one in _read() if (one["drill"], one["etcd"]) != (drill, etcd)]
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.drills.field import MARKER, drill, key_of, problems, status
+from tests.drills.field import drill, key_of, problems, status
 from tests.drills.slow import Slow
 from tests.support.deadline import until
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.drills.field import Field
 
 
-@drill("leader-killed", short=["3.4", "3.7"])
+@drill("leader-killed", short=["3.4", "3.7"], v2=True)
 def test_a_killed_leader_costs_no_packet_and_no_event(field: Field) -> None:
     field.start()
     with field.measuring() as measured:
@@ -53,7 +53,7 @@ def test_a_frozen_member_costs_no_packet_and_no_event(field: Field) -> None:
             measured.recovered()
 
 
-@drill("quorum-lost")
+@drill("quorum-lost", v2=True)
 def test_a_lost_quorum_is_waited_out_and_costs_no_packet_and_no_event(field: Field) -> None:
     field.start()
     with field.measuring() as measured:
@@ -70,7 +70,7 @@ def test_a_lost_quorum_is_waited_out_and_costs_no_packet_and_no_event(field: Fie
         measured.recovered()
 
 
-@drill("all-down")
+@drill("all-down", v2=True)
 def test_agents_started_while_all_members_are_down_carry_packets_in_the_subnets_they_had(
     field: Field,
 ) -> None:
@@ -81,11 +81,11 @@ def test_agents_started_while_all_members_are_down_carry_packets_in_the_subnets_
             field.cluster.kill(member)
         ready = []
         for number in range(len(field.agents)):
-            field.lasting(full=70, short=0)
+            field.lasting(full=75, short=0)
             measured.end_agent(number)
             ready.append(measured.start_agent(number))
             field.agents[number].wait_log("going on with what we knew last")
-        field.lasting(full=70, short=1)
+        field.lasting(full=75, short=1)
         field.cluster.restart(0, 1, 2)
         measured.hurt()
         measured.recovered()
@@ -95,7 +95,7 @@ def test_agents_started_while_all_members_are_down_carry_packets_in_the_subnets_
             agent.wait_log(r"lease \S+ (renewed|confirmed)")
 
 
-@drill("data-lost")
+@drill("data-lost", v2=True)
 def test_an_etcd_that_lost_everything_has_all_leases_again_and_its_missing_config_is_said(
     field: Field,
 ) -> None:
@@ -110,7 +110,7 @@ def test_an_etcd_that_lost_everything_has_all_leases_again_and_its_missing_confi
         field.cluster.start_empty()
         measured.hurt()
         ours = {key_of(agent): str(agent.host.address) for agent in field.agents}
-        until(lambda: measured.state_at(0) == ours, seconds=60, what="every agent's lease is there again")
+        until(lambda: field.truth.state() == ours, seconds=60, what="every agent's lease is there again")
         measured.note(leases_back_seconds=measured.since_hurt())
         for agent in field.agents:
             until(lambda agent=agent: "no-config" in problems(agent), seconds=30, what="it is said")
@@ -123,7 +123,7 @@ def test_an_etcd_that_lost_everything_has_all_leases_again_and_its_missing_confi
         measured.recovered()
 
 
-@drill("compacted")
+@drill("compacted", v2=True)
 def test_a_compaction_while_hosts_are_cut_off_is_made_up_by_a_list(field: Field) -> None:
     field.start()
     with field.measuring() as measured:
@@ -131,8 +131,8 @@ def test_a_compaction_while_hosts_are_cut_off_is_made_up_by_a_list(field: Field)
         with field.cut_off():
             measured.writer.go_on(int(field.length(full=1000, short=50)))
             field.lasting(full=30, short=0)
-            field.cluster.etcdctl("del", MARKER)
-            field.cluster.etcdctl("compact", str(measured.writer.last[0]))
+            field.truth.unmark()
+            field.truth.forget()
         measured.hurt()
         measured.reopened()
         measured.recovered()

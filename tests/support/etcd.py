@@ -161,6 +161,18 @@ class Cluster:
     def kill(self, index: int) -> None:
         self._members[index].end()
 
+    def wait_end(self, index: int, why: str) -> None:
+        """Until a member has ended by itself, with these words in the last lines of its log."""
+        member = self._members[index]
+        assert member.process is not None
+        try:
+            member.process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{member.name} did not end") from None
+        tail = member.log.read_text(errors="replace")[-4000:]
+        assert why in tail, tail
+        member.process = None
+
     def restart(self, *indexes: int) -> None:
         """Start again on the same data, after a kill or instead of one; returns when all that live are healthy."""
         for index in indexes:

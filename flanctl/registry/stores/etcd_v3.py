@@ -72,6 +72,10 @@ class Refused(Exception):
         )
 
     @property
+    def full(self) -> bool:
+        return "database space exceeded" in self.words
+
+    @property
     def overload(self) -> bool:
         return self.code == EXHAUSTED and "too many requests" in self.words
 
@@ -343,8 +347,8 @@ class EtcdV3Store(abc.ABC):
                 self.token = self._log_in(self._user, deadline, cancel)
             return self.token
 
-    def explain(self, refused: Refused, what: str) -> FlanctlError:
-        """etcd's refusal as ours; its words are kept."""
+    def explain(self, refused: Refused, what: str, *, whose: str = "") -> FlanctlError:
+        """etcd's refusal as ours; its words are kept. `whose` is who is full, where that was asked."""
         words = refused.words
         if refused.code == PERMISSION_DENIED:
             who = f'user "{self._user}"' if self._user else "we"
@@ -355,15 +359,19 @@ class EtcdV3Store(abc.ABC):
                     f"cannot {what}: etcd wants a login (etcd: {words})", hint="--user NAME, and its password"
                 )
             return NotPermitted(f'cannot {what}: login as "{self._user}" was refused (etcd: {words})')
-        if "database space exceeded" in words:
+        if refused.full:
             return RegistryUnreachable(
-                f"cannot {what}: etcd is full{self._whose()} (etcd: {words})",
+                f"cannot {what}: etcd is full{whose} (etcd: {words})",
                 hint="etcdctl alarm list; compact, defrag and disarm",
             )
         return Invalid(f"cannot {what} (etcd: {words})")
 
+    def _unwritten(self, refused: Refused, what: str) -> FlanctlError:
+        """As `explain`, for a write, and with those who raised NOSPACE if etcd is full and tells."""
+        return self.explain(refused, what, whose=self._whose() if refused.full else "")
+
     def _whose(self) -> str:
-        """Who raised NOSPACE, to be read after "is full"; nothing if etcd does not tell."""
+        """Who raised NOSPACE, to be read after "is full"; nothing if etcd does not tell. No role is needed to ask."""
         deed = Deed("read etcd's alarms", time.monotonic() + ALARM_SECONDS)
         try:
             full = self._out_of_space(deed)
@@ -430,7 +438,7 @@ class EtcdV3Store(abc.ABC):
             self._lease_grant(deed, lease, _seconds(ttl))
         except Refused as refused:
             if "lease already exists" not in refused.words:
-                raise self.explain(refused, deed.what) from None
+                raise self._unwritten(refused, deed.what) from None
         return lease
 
     def _revoke(self, lease: int) -> None:
@@ -451,7 +459,7 @@ class EtcdV3Store(abc.ABC):
             done = self._put(deed, key.encode(), value, lease, expected)
         except Refused as refused:
             self._revoke(lease)
-            raise self.explain(refused, what) from None
+            raise self._unwritten(refused, what) from None
         except RegistryUnreachable as error:
             if isinstance(error, http.Unreachable) and not error.unsure:
                 self._revoke(lease)  # else the key may hang on it

@@ -587,8 +587,14 @@ def test_a_member_with_troubles_is_passed_over_and_asked_again() -> None:
 def test_etcds_own_words_are_kept() -> None:
     full = etcd({"code": 8, "message": "etcdserver: mvcc: database space exceeded"}, status="429 Too Many")
     with Scripted(lambda _: full) as server, opened(local(server)) as store:
-        with pytest.raises(RegistryUnreachable, match="cannot create /a: etcd is full"):
+        with pytest.raises(RegistryUnreachable, match=r"cannot create /a: etcd is full \(etcd: mvcc"):
             store.create("/a", b"", ttl=None)
+    with (
+        Scripted(lambda _: full) as server,
+        opened(local(server), user="u", password="p") as store,
+        pytest.raises(RegistryUnreachable, match='cannot log in as "u": etcd is full'),
+    ):
+        store.create("/a", b"", ttl=None)
     large = etcd({"code": 3, "message": "etcdserver: request is too large"}, status="400 Bad Request")
     with Scripted(lambda _: large) as server, opened(local(server)) as store:
         with pytest.raises(Invalid, match=r"cannot create /a \(etcd: request is too large\)"):
