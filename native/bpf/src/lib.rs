@@ -573,8 +573,9 @@ fn checksum(header: &[u8]) -> u16 {
 fn secrets() -> Result<(u16, u32), Error> {
     let (mut mark, mut vni) = ([0_u8; 2], [0_u8; 4]);
     for bytes in [&mut mark[..], &mut vni[1..]] {
+        // Not libc::getrandom: glibc has it since 2.25, the frozen file needs 2.17.
         // SAFETY: it writes at most as many bytes into ours as they are.
-        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        let got = unsafe { libc::syscall(libc::SYS_getrandom, bytes.as_mut_ptr(), bytes.len(), 0) };
         if usize::try_from(got) != Ok(bytes.len()) {
             return Err(error("getrandom", &io::Error::last_os_error()));
         }
