@@ -221,9 +221,23 @@ impl KernelPath {
         })
     }
 
-    /// The whole table of peers; only what differs is written, new ones first. False if nothing did.
+    /// The whole table of peers; only what differs is written, new ones first. False if nothing did. Where it fails, some
+    /// of it may be written; the next call starts from what is.
     pub fn replace_peers(&mut self, peers: &[Peer]) -> Result<bool, Error> {
         let wanted = Table::of(peers, self.network, self.subnet_len)?;
+        match self.write_peers(&wanted) {
+            Ok(changed) => {
+                self.table = wanted;
+                Ok(changed)
+            }
+            Err(cause) => {
+                self.table = Table::read(&self.ebpf)?;
+                Err(cause)
+            }
+        }
+    }
+
+    fn write_peers(&mut self, wanted: &Table) -> Result<bool, Error> {
         let foreign = u32::from(!wanted.foreign.is_empty());
         let changed = wanted.add_over(&self.table, &mut self.ebpf)?;
         if foreign > self.config.foreign {
@@ -233,7 +247,6 @@ impl KernelPath {
             })?;
         }
         let removed = wanted.remove_from(&self.table, &mut self.ebpf)?;
-        self.table = wanted;
         if foreign < self.config.foreign {
             self.write_config(Config {
                 foreign,

@@ -115,7 +115,6 @@ impl Both {
                 own: "172.17.41.1/24".parse().unwrap(),
                 mtu: MTU.into(),
                 peer_check: check,
-                takes_super_packets: false,
             },
         }
     }
@@ -485,4 +484,33 @@ fn pins_are_taken_over_if_they_are_ours_and_of_our_size() {
     assert!(why.to_string().contains("/30"), "{why}");
     shell(&format!("umount {}", folder.display()));
     fs::remove_dir(&folder).unwrap();
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_table_that_could_be_written_in_part_only_leaves_nothing_behind_in_the_next() {
+    let settings = settings(PeerCheck::Strict);
+    let mut bench = Bench::new(settings.network, 24).unwrap();
+    bench.path.configure(&settings).unwrap();
+    let mine = peers(PLAIN);
+    bench.path.replace_peers(&mine).unwrap();
+    // The map of peers has room for each of these tables and not for both at once.
+    let table = |second: u8| -> Vec<Peer> {
+        (0..3000_u32)
+            .map(|number| Peer {
+                base: Ipv4Addr::from_bits(0x0b00_0000 + number * 4),
+                length: 30,
+                address: Ipv4Addr::from_bits(u32::from_be_bytes([10, second, 0, 1]) + number),
+                direct: true,
+            })
+            .chain(mine.iter().copied())
+            .collect()
+    };
+    bench.path.replace_peers(&table(1)).unwrap();
+    let refused = bench.path.replace_peers(&table(2)).unwrap_err();
+    assert!(refused.to_string().contains("peers"), "{refused}");
+    bench.path.replace_peers(&mine).unwrap();
+    assert_eq!(bench.path.traffic().unwrap().len(), PLAIN);
+    bench.path.replace_peers(&table(2)).unwrap();
+    assert_eq!(bench.path.traffic().unwrap().len(), 3000 + PLAIN);
 }

@@ -46,8 +46,6 @@ pub struct Rules {
     /// The TUN's, in bytes.
     pub mtu: usize,
     pub peer_check: PeerCheck,
-    /// The TUN takes TCP super-packets, so one that some sender did not cut may be delivered.
-    pub takes_super_packets: bool,
 }
 
 /// What becomes of a packet the kernel gave us.
@@ -160,9 +158,7 @@ pub fn from_peer<'a>(
     match Transport::of(packet).filter(left_to_do) {
         None if fits => Ok(Delivery::Whole(packet)),
         Some(transport) if fits => Ok(Delivery::Unfinished(packet, transport)),
-        Some(transport)
-            if rules.takes_super_packets && transport.protocol == TCP && transport.end < rules.mtu =>
-        {
+        Some(transport) if transport.protocol == TCP && transport.end < rules.mtu => {
             // The MTU fits 16 bits, as no UDP payload is longer.
             Ok(Delivery::Uncut(
                 packet,
@@ -193,7 +189,6 @@ mod tests {
             own: OWN.parse().unwrap(),
             mtu: 1472,
             peer_check,
-            takes_super_packets: false,
         }
     }
 
@@ -307,13 +302,9 @@ mod tests {
     }
 
     #[test]
-    fn what_the_sender_left_unfinished_is_marked_and_what_it_left_uncut_only_for_a_tun_that_cuts() {
-        let deliver = |bytes: &[u8], takes_super_packets| {
-            let rules = Rules {
-                takes_super_packets,
-                ..rules(PeerCheck::Strict)
-            };
-            from_peer(bytes, PEER, &routes(), &rules).map(|delivery| match delivery {
+    fn what_the_sender_left_unfinished_or_uncut_is_marked() {
+        let deliver = |bytes: &[u8]| {
+            from_peer(bytes, PEER, &routes(), &rules(PeerCheck::Strict)).map(|delivery| match delivery {
                 Delivery::Whole(_) => "whole",
                 Delivery::Unfinished(..) => "unfinished",
                 Delivery::Uncut(_, transport, size) => {
@@ -323,28 +314,16 @@ mod tests {
             })
         };
         let long = vec![1; 60_000];
-        for takes in [false, true] {
-            assert_eq!(deliver(&valid(TCP, &[1; 100]), takes), Ok("whole"));
-            assert_eq!(
-                deliver(&unfinished(valid(TCP, &[1; 100])), takes),
-                Ok("unfinished")
-            );
-            assert_eq!(
-                deliver(&unfinished(valid(UDP, &[1; 100])), takes),
-                Ok("unfinished")
-            );
-            let uncut = if takes { Ok("uncut") } else { Err(Reason::TooBig) };
-            assert_eq!(deliver(&unfinished(valid(TCP, &long)), takes), uncut);
-            assert_eq!(
-                deliver(&valid(TCP, &long), takes),
-                Err(Reason::TooBig),
-                "not an offload: just too big"
-            );
-            assert_eq!(
-                deliver(&unfinished(valid(UDP, &long)), takes),
-                Err(Reason::TooBig)
-            );
-        }
+        assert_eq!(deliver(&valid(TCP, &[1; 100])), Ok("whole"));
+        assert_eq!(deliver(&unfinished(valid(TCP, &[1; 100]))), Ok("unfinished"));
+        assert_eq!(deliver(&unfinished(valid(UDP, &[1; 100]))), Ok("unfinished"));
+        assert_eq!(deliver(&unfinished(valid(TCP, &long))), Ok("uncut"));
+        assert_eq!(
+            deliver(&valid(TCP, &long)),
+            Err(Reason::TooBig),
+            "not an offload: just too big"
+        );
+        assert_eq!(deliver(&unfinished(valid(UDP, &long))), Err(Reason::TooBig));
     }
 
     #[test]
@@ -360,11 +339,7 @@ mod tests {
         bytes[40..42].copy_from_slice(&word.to_ne_bytes());
         let packet = Ipv4Packet::parse(&bytes).unwrap();
         assert!(transport.checksum_holds(packet));
-        let rules = Rules {
-            takes_super_packets: true,
-            ..rules(PeerCheck::Strict)
-        };
-        let delivery = from_peer(&bytes, PEER, &routes(), &rules);
+        let delivery = from_peer(&bytes, PEER, &routes(), &rules(PeerCheck::Strict));
         assert!(matches!(delivery, Ok(Delivery::Uncut(..))));
     }
 

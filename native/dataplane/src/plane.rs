@@ -132,7 +132,6 @@ impl DataPlane {
             own: settings.own,
             mtu: settings.mtu,
             peer_check: settings.peer_check,
-            takes_super_packets: tun.kinds().tcp,
         };
         let engine = Engine {
             tun,

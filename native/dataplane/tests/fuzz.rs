@@ -45,12 +45,11 @@ fn routes() -> Routes {
     Routes::new([line(7, 2), line(8, 3)]).unwrap()
 }
 
-fn rules(peer_check: PeerCheck, takes_super_packets: bool) -> Rules {
+fn rules(peer_check: PeerCheck) -> Rules {
     Rules {
         own: "172.17.41.1/24".parse().unwrap(),
         mtu: MTU,
         peer_check,
-        takes_super_packets,
     }
 }
 
@@ -68,7 +67,7 @@ fn tun(input: &[u8]) -> Behaviour {
     let Some(task) = header.task(packet) else {
         return vec![2];
     };
-    let (routes, rules) = (routes(), rules(PeerCheck::Strict, true));
+    let (routes, rules) = (routes(), rules(PeerCheck::Strict));
     let mut seen = vec![3];
     match forward::from_tun(packet, bytes.len(), &routes, &rules) {
         FromTun::Forward(peer) => {
@@ -147,7 +146,7 @@ fn datagram(input: &[u8]) -> Behaviour {
     };
     let sender = Ipv4Addr::new(10, 0, 0, how & 3);
     let check = [PeerCheck::Strict, PeerCheck::Subnet, PeerCheck::Off][usize::from(how >> 2) % 3];
-    let (routes, rules) = (routes(), rules(check, how & 0x80 != 0));
+    let (routes, rules) = (routes(), rules(check));
     match forward::from_peer(bytes, sender, &routes, &rules) {
         Ok(delivery) => {
             let packet = delivery.packet();

@@ -103,7 +103,6 @@ fn ours(direction: &str, case: &str, input: &[u8]) -> Output {
         own: "172.17.41.1/24".parse().unwrap(),
         mtu: 1472,
         peer_check: PeerCheck::Strict,
-        takes_super_packets: false,
     };
     let routes = routes_before(case);
     let mut output = Output::default();

@@ -233,10 +233,6 @@ impl KernelPath {
         py.detach(|| kernelpath::probe(&settings, peer)).map_err(refused)
     }
 
-    fn taken_over(&self) -> bool {
-        self.lock().taken_over()
-    }
-
     fn direct_peers(&self) -> Vec<String> {
         let direct = self.lock().direct_peers();
         direct.iter().map(ToString::to_string).collect()

@@ -10,9 +10,11 @@ use super::{Fatal, Served, is_fatal};
 use crate::coalesce::{Coalescer, Kinds, Output};
 use crate::counters::{Reason, Tally};
 use crate::forward::{self, Rules};
+use crate::packet::Ipv4Packet;
 use crate::routes::Routes;
+use crate::segment::{HEADER_ROOM, Segmenter};
 use crate::sys::Receiver;
-use crate::virtio::{self, Header};
+use crate::virtio::{self, Header, Task};
 
 /// Datagrams per round, and per system call.
 const BURST: usize = 64;
@@ -154,15 +156,17 @@ impl Writer {
     }
 }
 
-/// Writes one packet, and finishes its checksum if the TUN cannot be told to.
+/// Writes one packet. What its sender left to a network card is left to the kernel, or done here where the TUN
+/// cannot be told of it, or refuses it.
 fn deliver(tun: &impl Outlet, header: Header, packet: &[u8], tally: &mut Tally) -> Result<(), Fatal> {
-    let written = match header.checksum_field() {
-        Some((start, field)) if !tun.has_headers() => {
-            let value = virtio::completed(packet, start).to_ne_bytes();
-            let pieces = [&packet[..field], &value, &packet[field + 2..]];
-            tun.write(Header::default(), pieces.into_iter().map(IoSlice::new))
+    let left = header != Header::default();
+    let written = if left && !tun.has_headers() {
+        finish(tun, header, packet)
+    } else {
+        match tun.write(header, std::iter::once(IoSlice::new(packet))) {
+            Err(Errno::INVAL) if left => finish(tun, header, packet),
+            written => written,
         }
-        _ => tun.write(header, std::iter::once(IoSlice::new(packet))),
     };
     match written {
         Ok(()) => {
@@ -171,6 +175,28 @@ fn deliver(tun: &impl Outlet, header: Header, packet: &[u8], tally: &mut Tally) 
             Ok(())
         }
         Err(errno) => refused(errno, 1, tally),
+    }
+}
+
+/// Writes `packet` with its checksum completed, or cut.
+fn finish(tun: &impl Outlet, header: Header, packet: &[u8]) -> Result<(), Errno> {
+    let parsed = Ipv4Packet::parse(packet).map_err(|_| Errno::INVAL)?;
+    match header.task(parsed).ok_or(Errno::INVAL)? {
+        Task::Nothing => tun.write(Header::default(), std::iter::once(IoSlice::new(packet))),
+        Task::Checksum { start, field } => {
+            let value = virtio::completed(packet, start).to_ne_bytes();
+            let pieces = [&packet[..field], &value, &packet[field + 2..]];
+            tun.write(Header::default(), pieces.into_iter().map(IoSlice::new))
+        }
+        Task::Segment { transport, size } => {
+            let mut segmenter = Segmenter::new(packet, 0, transport, size);
+            let mut room = [0; HEADER_ROOM];
+            while let Some((length, payload)) = segmenter.next(packet, &mut room) {
+                let pieces = [&room[..length], payload.of(packet)];
+                tun.write(Header::default(), pieces.into_iter().map(IoSlice::new))?;
+            }
+            Ok(())
+        }
     }
 }
 
@@ -196,8 +222,9 @@ mod tests {
 
     use super::*;
     use crate::forward::PeerCheck;
-    use crate::packet::{Ipv4Packet, TCP, UDP};
+    use crate::packet::{TCP, UDP};
     use crate::routes::Route;
+    use crate::segment::tests::segment;
     use crate::sys::Part;
     use crate::transport::Transport;
     use crate::transport::tests::{unfinished, valid};
@@ -295,7 +322,6 @@ mod tests {
             own: "172.17.41.1/24".parse().unwrap(),
             mtu: 1472,
             peer_check: PeerCheck::Strict,
-            takes_super_packets: true,
         };
         let tun = FakeTun::new(true, |header| {
             (header != Header::default()).then_some(Errno::INVAL)
@@ -352,6 +378,24 @@ mod tests {
             let tun = FakeTun::new(headers, |_| None);
             deliver(&tun, header, &partial, &mut Tally::default()).unwrap();
             assert_eq!(*tun.written.borrow(), [wanted]);
+        }
+    }
+    #[test]
+    fn a_super_packet_is_cut_for_a_tun_that_cannot_be_told_or_refuses_it() {
+        let whole = valid(TCP, &[7; 1000]);
+        let partial = unfinished(whole.clone());
+        let transport = Transport::of(Ipv4Packet::parse(&partial).unwrap()).unwrap();
+        let header = Header::super_packet(transport, 300);
+        let refuses: fn(Header) -> Option<Errno> =
+            |header| (header != Header::default()).then_some(Errno::INVAL);
+        let cut = segment(&whole, 300);
+        assert_eq!(cut.len(), 4);
+        for tun in [FakeTun::new(false, |_| None), FakeTun::new(true, refuses)] {
+            let mut tally = Tally::default();
+            deliver(&tun, header, &partial, &mut tally).unwrap();
+            let written: Vec<_> = tun.written.take().into_iter().map(|(_, bytes)| bytes).collect();
+            assert_eq!(written, cut);
+            assert_eq!((tally.in_packets, tally.in_bytes), (1, partial.len() as u64));
         }
     }
 }
