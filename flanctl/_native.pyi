@@ -72,9 +72,6 @@ class KernelPath:
     def probe(settings: Mapping[str, object], peer: str) -> None:
         """Run both programs over a packet to and from `peer` without a network, and compare every byte."""
 
-    def taken_over(self) -> bool:
-        """Whether the maps are those of an agent before us, with its peers and counters."""
-
     def direct_peers(self) -> list[str]:
         """Public IPs that packets go to from the kernel now."""
 

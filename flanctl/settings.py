@@ -278,7 +278,7 @@ AGENT = (
         "How packets are carried: tc in the kernel, tun in user space, tun-plain there without offloads; auto: tc if it can be.",
         kind="choice",
         choices=("auto", "tc", "tun", "tun-plain"),
-        default="tun",
+        default="auto",
     ),
     Setting(
         "offloads",

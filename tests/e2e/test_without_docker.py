@@ -157,7 +157,7 @@ def test_a_reboot_takes_the_same_subnet(network: Network, keep_state: bool) -> N
 
 
 def test_what_is_counted_is_what_was_sent(network: Network) -> None:
-    """Five echo requests of 84 bytes and their answers, on both hosts, and nothing dropped."""
+    """Five echo requests of 84 bytes and their answers, on both hosts, and nothing dropped; by whichever path."""
     (one, two), (a, b) = network.agents, network.containers
     before = [agent.counters() for agent in (one, two)]
     assert_pings(a, b.address)
@@ -165,4 +165,5 @@ def test_what_is_counted_is_what_was_sent(network: Network) -> None:
         grown = {name: grew for name, count in agent.counters().items() if (grew := count - was.get(name, 0))}
         # The kernel's own IPv6 solicitations on a new device are none of ours.
         grown.pop("drop-bad-version", None)
+        grown = {name: grew for name, grew in grown.items() if not name.startswith("kernel-")}
         assert grown == {"out-packets": 5, "out-bytes": 420, "in-packets": 5, "in-bytes": 420}

@@ -21,7 +21,7 @@ import pytest
 
 from flanctl.demo.hosts import Lab
 from flanctl.registry.stores.sqlite import SqliteStore
-from tests.support.agents import FLANCTL, RunningAgent, environment
+from tests.support.agents import FLANCTL, RunningAgent, environment, flanctl
 from tests.support.deadline import until
 from tests.support.namespaces import inside
 
@@ -136,8 +136,10 @@ def place(lab: Lab, tmp_path: Path) -> Iterator[Place]:
         if process.pid not in before and process.poll() is None:
             process.kill()
             process.wait()
-    links = built.host.run(["ip", "-o", "link"]).stdout
-    if "flannel0" in links:
+    if "flannel0-rx" in built.host.run(["ip", "-o", "link"]).stdout:
+        # The kernel path outlives its agent.
+        flanctl(built.host, "", "cleanup", "--yes", "--run-dir", f"{built.folder}/agent/run")
+    if "flannel0" in built.host.run(["ip", "-o", "link"]).stdout:
         built.host.run(["ip", "link", "delete", "flannel0"])
     for table in TABLES:
         built.host.run(["iptables", "-t", table, "-F"])

@@ -658,6 +658,18 @@ def test_without_what_it_needs_auto_takes_user_space_and_says_why(
     assert "data-path=userspace" in lines[-1]
 
 
+def test_what_refused_it_at_boot_is_tried_again(net: Net) -> None:
+    host = net.lab.add_host()
+    forwarding = "echo {} > /proc/sys/net/ipv4/ip_forward"
+    host.run(["sh", "-c", forwarding.format(0)])
+    one, two = net.put_agent_on(host, "--data-path", "auto"), net.add(*TC)
+    assert one.wait_log(r"packets are carried in user space, not in the kernel: .*")
+    host.run(["sh", "-c", forwarding.format(1)])
+    one.wait_log(r"packets are carried in the kernel")
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+
+
 def test_tc_at_any_price_does_not_start_where_it_cannot_be(net: Net) -> None:
     host = net.lab.add_host()
     host.run(

@@ -54,8 +54,10 @@ FOREVER = (1 << 64) - 1
 GRACE = 120
 """Seconds for which the path goes on when its agent was stopped: time for a restart, and for an upgrade. Then nobody follows the
 leases any more, and flanneld may be what runs here next."""
-AGAIN = 60
-"""Looks (one in five seconds) between two at the firewall's rules, which takes a while."""
+LOOK_AGAIN = 300.0
+"""Seconds between two looks at the firewall's rules, which takes a while."""
+TRY_AGAIN, TRY_AGAIN_AT_MOST = 4.0, 300.0
+"""Seconds until it is tried again after a kernel refused it, twice as many each time: at boot there may be no route yet."""
 
 
 class KernelSettings(TypedDict):
@@ -111,13 +113,15 @@ class KernelSide:
         self._ids = (0, 0, 0)
         self._remembered: frozenset[IPv4Address] = frozenset()
         """Hosts that an agent before us knew to run flanctl."""
-        self._hopeless: str | None = None
-        """Nothing on this host will change it while we run."""
+        self._refused = ""
+        """Why it could not be loaded when that was tried last."""
+        self._try_at = 0.0
+        self._try_again = TRY_AGAIN
         self._uplinks: tuple[Link, ...] = ()
         self._sampled = 0
         self._clean = False
         """Nothing of ours is attached, by us or by an agent before us."""
-        self._until_look = 0
+        self._look_at = 0.0
         self._inert = ""
         self._no_receiver = ""
         self._returned: tuple[int, int] | None = None
@@ -163,9 +167,6 @@ class KernelSide:
                 "rx_port": 0,
             }
             path = self._path or self._load(settings)
-            settings["rx_port"] = self._have_receiver(path)
-            path.configure(settings)
-            self._settings = settings
             ours = self._remembered if flanctl is None else flanctl
             path.replace_peers(
                 [
@@ -178,6 +179,9 @@ class KernelSide:
                     for peer in peers
                 ]
             )
+            settings["rx_port"] = self._have_receiver(path)
+            path.configure(settings)
+            self._settings = settings
             return self._attach(path, uplinks, device)
         except NoKernelPath as reason:
             self._withdraw(str(reason))
@@ -218,11 +222,11 @@ class KernelSide:
 
     def _refuse(self) -> None:
         """Raise NoKernelPath for what can be seen without trying."""
-        if self._hopeless is not None:
-            raise NoKernelPath(self._hopeless)
-        self._until_look -= 1
-        if self._until_look < 0:
-            self._until_look = AGAIN
+        now = time.monotonic()
+        if now < self._try_at:
+            raise NoKernelPath(self._refused)
+        if now >= self._look_at:
+            self._look_at = now + LOOK_AGAIN
             rules = bypassed.rules_on_port(self._config.udp_port)
             self._inert = "; ".join(f'"{rule}"' for rule in rules)
         if bypassed.has_ipsec_policies():
@@ -273,7 +277,7 @@ class KernelSide:
     # ---- getting it -----------------------------------------------------------------------------------------------
 
     def _load(self, settings: KernelSettings) -> KernelPath:
-        """Look at the kernel, then load the programs. What fails here fails until the agent is started again."""
+        """Look at the kernel, then load the programs."""
         from flanctl._native import KernelPath
 
         try:
@@ -285,10 +289,12 @@ class KernelSide:
                 subnet_len=self._config.subnet_len,
             )
         except (NoKernelPath, RuntimeError) as error:
-            self._hopeless = str(error)
-            if "Operation not permitted" in self._hopeless:
-                self._hopeless += "; it takes CAP_BPF and CAP_PERFMON beside CAP_NET_ADMIN"
-            raise NoKernelPath(self._hopeless) from None
+            self._refused = str(error)
+            if "Operation not permitted" in self._refused:
+                self._refused += "; it takes CAP_BPF and CAP_PERFMON beside CAP_NET_ADMIN"
+            self._try_at = time.monotonic() + self._try_again
+            self._try_again = min(2 * self._try_again, TRY_AGAIN_AT_MOST)
+            raise NoKernelPath(self._refused) from None
         encap, decap, receive = path.programs()
         self._remembered = frozenset(map(IPv4Address, path.direct_peers()))
         self._path, self._ids = path, (program_id(encap), program_id(decap), program_id(receive))
