@@ -82,6 +82,7 @@ class Meters:
         self.restarts = Tally(*((reason,) for reason in RESTARTS))
         self.repairs = Tally(*((kind,) for kind in KINDS))
         self.failures = Tally(*((kind,) for kind in KINDS))
+        self.path_switches = Tally(("kernel",), ("userspace",))
         self.apply_seconds = Histogram()
         self.answered: float | None = None
         """When the registry last said anything."""

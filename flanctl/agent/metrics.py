@@ -62,10 +62,11 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "flanctl_packets_total": ("counter", "Inner packets carried, by direction and path."),
     "flanctl_bytes_total": ("counter", "Their bytes, by direction and path."),
     "flanctl_dropped_packets_total": ("counter", "Packets refused, by reason and path."),
-    "flanctl_peer_packets_total": ("counter", "Packets that user space carried between us and a peer, by its public IP."),
+    "flanctl_peer_packets_total": ("counter", "Packets between us and a peer, by its public IP."),
     "flanctl_peer_bytes_total": ("counter", "Bytes of them."),
     "flanctl_peer_dropped_packets_total": ("counter", "Packets not sent to a peer, or refused from it."),
     "flanctl_peer_heard_timestamp_seconds": ("gauge", "When a packet of a peer was last accepted."),
+    "flanctl_path_switches_total": ("counter", "Changes of the path that packets take while they flow, by the path changed to."),
     "flanctl_offload": ("gauge", "1 if the kernel does this in bulk for user space's path, else 0."),
     "flanctl_tunnel_mtu_bytes": ("gauge", "Bytes an inner packet may have."),
     "flanctl_underlay_mtu_bytes": ("gauge", "The underlay's MTU."),
@@ -187,6 +188,7 @@ def _families(
             for path in PATHS
             for reason in REASONS
         ],
+        "flanctl_path_switches_total": _tally(meters.path_switches, "to"),
         "flanctl_tunnel_mtu_bytes": [] if place is None else [("", place.mtu)],
         "flanctl_underlay_mtu_bytes": [] if place is None else [("", place.underlay_mtu)],
         "flanctl_docker_bridge_matches": []

@@ -223,6 +223,8 @@ class Observer:
         place = self._draft.place
         if place is not None and self._machine is not None:
             backend = self._machine.backend
+            if backend.data_path != place.data_path and not before_ready:
+                self.meters.path_switches.add(backend.data_path)
             place = replace(
                 place, mtu=backend.mtu, data_path=backend.data_path, data_path_why=backend.data_path_why
             )

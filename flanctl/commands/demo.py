@@ -19,9 +19,14 @@ from flanctl.commands.options import output_options, write_out
     help="Hosts to begin with; one more joins.",
 )
 @click.option("--etcd", is_flag=True, help="With a real etcd (the program on PATH) as the registry.")
+@click.option(
+    "--data-path",
+    type=click.Choice(["auto", "tc", "tun", "tun-plain"]),
+    help="How the agents carry packets; unsaid, as an agent does by itself.",
+)
 @click.option("--keep", is_flag=True, help="Leave it standing; print how to enter and how to remove it.")
 @output_options
-def demo(hosts: int, etcd: bool, keep: bool) -> None:
+def demo(hosts: int, etcd: bool, data_path: str | None, keep: bool) -> None:
     """Two hosts on this machine, from an empty registry to packets between containers.
 
     Needs root and /dev/net/tun. Everything happens in network namespaces of its own and is removed at the end, also
@@ -30,6 +35,7 @@ def demo(hosts: int, etcd: bool, keep: bool) -> None:
     \b
     Examples:
       flanctl demo
+      flanctl demo --data-path tun
       flanctl demo --etcd --hosts 3 --keep
     """
     from flanctl.demo.story import run_demo
@@ -41,7 +47,14 @@ def demo(hosts: int, etcd: bool, keep: bool) -> None:
             output.data(line)
             output.flush()
 
-    steps = run_demo(tell, hosts=hosts, etcd=etcd, keep=keep, colour=streams.out().isatty() and not as_json)
+    steps = run_demo(
+        tell,
+        hosts=hosts,
+        etcd=etcd,
+        data_path=data_path,
+        keep=keep,
+        colour=streams.out().isatty() and not as_json,
+    )
     if as_json:
         output.json({"steps": steps})
     else:

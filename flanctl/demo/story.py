@@ -6,6 +6,7 @@ hold ends the story. Nothing is left behind, unless `keep` says so.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -74,6 +75,8 @@ class Story:
     colour: bool = False
     steps: list[dict[str, object]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    agent: str = "agent --iface eth0"
+    """What is typed on each host."""
     started: float = field(default_factory=time.monotonic)
 
     def step(self, title: str) -> None:
@@ -122,6 +125,7 @@ def run_demo(
     *,
     hosts: int = 2,
     etcd: bool = False,
+    data_path: str | None = None,
     keep: bool = False,
     colour: bool = False,
 ) -> list[dict[str, object]]:
@@ -137,6 +141,8 @@ def run_demo(
     try:
         lab = Lab("demo")
         story = Story(write, colour)
+        if data_path is not None:
+            story.agent += f" --data-path {data_path}"
         _tell(story, lab, folder, hosts, etcd=etcd)
         if keep:
             _farewell(story, lab, folder)
@@ -180,6 +186,7 @@ def _tell(story: Story, lab: Lab, folder: Path, hosts: int, *, etcd: bool) -> No
     _ping(story, one, two)
     rate = _transfer(story, one, two)
     story.steps[-1]["gbit_per_second"] = rate
+    _path_in_use(story, one)
 
     story.step("A third host joins; nobody is told by hand")
     three = _member(lab, folder)
@@ -226,7 +233,7 @@ def _member(lab: Lab, folder: Path) -> Member:
 
 
 def _start_agent(story: Story, member: Member) -> None:
-    words = "agent --iface eth0"
+    words = story.agent
     story.typed(member.host, f"flanctl {words} &")
     before = member.log.stat().st_size if member.log.exists() else 0
     with member.log.open("ab") as log:
@@ -298,6 +305,32 @@ def _transfer(story: Story, one: Member, other: Member) -> float:
         f"{rate:.2f} Gbit/s, SHA-256 equal"
     )
     return round(rate, 2)
+
+
+def _path_in_use(story: Story, member: Member) -> None:
+    """What the agent says of its path, and that the packets took it."""
+    status = [
+        *own_command(),
+        "status",
+        "--run-dir",
+        str(member.folder / "run"),
+        "--subnet-file",
+        str(member.subnet_file),
+    ]
+    story.typed(member.host, "flanctl status | grep packets")
+    said = member.host.run(status, env=story.environment, check=False).stdout
+    story.shown("\n".join(line for line in said.splitlines() if "packets out" in line))
+    answer = member.host.run([*status, "-w", "json"], env=story.environment, check=False).stdout
+    known = json.loads(answer)
+    counters, path = known["counters"], known["data_path"]
+    kernels = counters.get("kernel_in_packets", 0)
+    took = kernels if path == "kernel" else counters["in_packets"] - kernels
+    story.steps[-1]["data_path"] = path
+    _expect(
+        story,
+        took * 2 > counters["in_packets"],
+        f"{took} of {counters['in_packets']} packets came in by the path in use, {path}",
+    )
 
 
 def _kill_and_return(story: Story, one: Member, two: Member, three: Member) -> None:

@@ -76,6 +76,20 @@ def test_json_tells_the_steps_and_nothing_else():
     assert all(step["at_seconds"] < 60 for step in document["steps"])
 
 
+@pytest.mark.needs("bpf")
+@pytest.mark.parametrize(
+    ("path", "used"),
+    [("auto", "kernel"), ("tc", "kernel"), ("tun", "userspace"), ("tun-plain", "userspace")],
+)
+def test_it_shows_each_data_path_in_use(path, used):
+    answer = flanctl("demo", "--data-path", path, timeout=60)
+    assert answer.code == 0, answer
+    assert f"h1# flanctl agent --iface eth0 --data-path {path} &" in answer.out
+    assert f"data-path={used}" in answer.out
+    assert re.search(rf"data +{used} path; .* packets out", answer.out)
+    assert re.search(rf"✓ \d+ of \d+ packets came in by the path in use, {used}", answer.out)
+
+
 @pytest.mark.needs("etcd34")
 def test_with_a_real_etcd_and_three_hosts(own_temporary_folder):
     answer = flanctl("demo", "--etcd", "--hosts", "3", timeout=90)

@@ -96,7 +96,8 @@ def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = configured(tmp_path_factory.mktemp("net"))
     path = "--data-path", str(request.param)
     with Lab("packets") as lab:
-        one, two, three = join(lab, folder, "--ip-masq", *path), join(lab, folder, *path), join(lab, folder)
+        one, two = join(lab, folder, "--ip-masq", *path), join(lab, folder, *path)
+        three = join(lab, folder, "--data-path", "tun")
         for member in (one, two, three):
             # As Docker does it: only what flannel's forward rules accept may pass.
             member.host.run(["iptables", "-P", "FORWARD", "DROP"])

@@ -20,6 +20,7 @@ import subprocess
 import threading
 import time
 from contextlib import closing, contextmanager
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,7 +35,6 @@ from tests.support.namespaces import inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from ipaddress import IPv4Address
     from pathlib import Path
 
     from flanctl.demo.hosts import Container, Host
@@ -49,10 +49,10 @@ ALL = "u32 match u32 0 0"
 class Net:
     """Hosts with agents over one registry file; containers behind the first two."""
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    def __init__(self, lab: Lab, folder: Path, config: bytes = b'{"Network":"172.17.0.0/16"}') -> None:
         self.lab, self.folder = lab, folder
         with closing(self.store()) as store:
-            store.create("/jxdd/network/config", b'{"Network":"172.17.0.0/16"}', ttl=None)
+            store.create("/jxdd/network/config", config, ttl=None)
         self.agents: dict[str, RunningAgent] = {}
         self.boxes: dict[str, Container] = {}
 
@@ -95,6 +95,15 @@ def kernels(agent: RunningAgent) -> tuple[int, int]:
     """Packets out and in that went through the kernel path."""
     counters = agent.counters()
     return counters.get("kernel-out-packets", 0), counters.get("kernel-in-packets", 0)
+
+
+def switches(agent: RunningAgent) -> dict[str, int]:
+    """How often the agent changed its path, by the path changed to."""
+    with closing(socket.socket(socket.AF_UNIX)) as channel:
+        channel.connect(str(agent.folder / "run" / "agent.sock"))
+        channel.sendall(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
+        page = b"".join(iter(lambda: channel.recv(1 << 16), b"")).decode()
+    return {to: int(n) for to, n in re.findall(r'flanctl_path_switches_total\{to="(\w+)"\} (\d+)', page)}
 
 
 def direct(one: RunningAgent, two: RunningAgent, frm: Container, to: Container) -> None:
@@ -211,8 +220,8 @@ def inner(source: str, destination: str, length: int = 40, first: int = 0x45) ->
     return header.ljust(length, b"x")
 
 
-@pytest.mark.needs("iperf3")
-def test_forged_packets_are_dropped_and_counted_by_the_kernel_while_tcp_runs(net: Net) -> None:
+def test_forged_packets_are_dropped_and_counted_by_the_kernel(net: Net) -> None:
+    """Ten thousand of each while TCP runs are in test_agent_packets.py; here it is the kernel that refuses them."""
     one, two = net.add(*TC), net.add(*TC)
     stranger = net.lab.add_host("stranger")
     box1, box2 = net.boxes.values()
@@ -226,33 +235,29 @@ def test_forged_packets_are_dropped_and_counted_by_the_kernel_while_tcp_runs(net
         "kernel-drop-bad-version": (two.host, inner(theirs, mine, first=0x65)),
         "kernel-drop-bad-length": (two.host, inner(theirs, mine)[:-1]),
     }
-    count = 2000
+    count = 100
     channels = {}
     for host in (stranger, two.host):
         with inside(host.path):
             channels[host] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     before = one.counters()
-    rates: list[float] = []
-    tcp = threading.Thread(target=lambda: rates.append(iperf(box1, box2, 3)))
-    tcp.start()
     with inside(box1.path):
         sink = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
     sink.setblocking(False)
     for host, packet in kinds.values():
         for _ in range(count):
             channels[host].sendto(packet, (str(one.host.address), PORT))
-    tcp.join()
-    after = one.counters()
-    for name in kinds:
-        dropped = after.get(name, 0) - before.get(name, 0)
-        # Two thousand at once may overrun the receiver's backlog; none of them may be counted twice.
-        assert count * 0.9 <= dropped <= count, name
+
+    def dropped() -> dict[str, int]:
+        after = one.counters()
+        return {name: after.get(name, 0) - before.get(name, 0) for name in kinds}
+
+    until(lambda: dropped() == dict.fromkeys(kinds, count), what=dropped)
     with pytest.raises(BlockingIOError):
         sink.recv(100)
     channels[two.host].sendto(inner(theirs, mine), (str(one.host.address), PORT))
     sink.settimeout(5)
     assert sink.recv(100).endswith(b"x"), "and the right one arrives"
-    assert rates[0] > 0.05
     for channel in (sink, *channels.values()):
         channel.close()
 
@@ -266,7 +271,7 @@ def test_no_restart_and_no_kill_loses_a_packet(net: Net) -> None:
     direct(one, two, box1, box2)
     before = kernels(one)
     with pinged(box1, box2.address):
-        for number in range(8):
+        for number in range(20):
             if number % 2:
                 one.kill()
             else:
@@ -290,6 +295,7 @@ def test_from_the_kernel_to_user_space_no_packet_is_lost(net: Net) -> None:
         assert "flanctl" not in filters(two.host, "eth0", "ingress")
         two.host.run(["ip", "xfrm", "policy", "flush"])
         until(lambda: "flanctl_dec" in filters(two.host, "eth0", "ingress"), seconds=20)
+        until(lambda: switches(two) == {"kernel": 1, "userspace": 1})
         # By the operator's word.
         one.kill()
         one.options = (*one.options[:-1], "tun")
@@ -300,6 +306,44 @@ def test_from_the_kernel_to_user_space_no_packet_is_lost(net: Net) -> None:
     assert "flannel0-rx" not in one.host.run(["ip", "link"]).stdout
     assert len(net.lab._pins()) == 1, "the other host's"
     assert net.status(one)["data_path"] == "userspace"
+
+
+@pytest.mark.parametrize("path", ["tun", "tc"])
+def test_ten_thousand_peers_come_and_are_replaced_and_no_packet_is_lost(tmp_path: Path, path: str) -> None:
+    """Whole tables in few steps: the agents take together what comes in bursts."""
+    many = 10_000
+
+    def fill(store: SqliteStore, first: int, address: str) -> list[str]:
+        keys = [
+            f"/jxdd/network/subnets/{IPv4Address('10.128.0.0') + 256 * (first + n)}-24" for n in range(many)
+        ]
+        for key in keys:
+            store.create(key, b'{"PublicIP":"%s"}' % address.encode(), ttl=3600)
+        return keys
+
+    def peers(agent: RunningAgent) -> object:
+        counted = net.status(agent)["peers"]
+        assert isinstance(counted, dict)
+        return counted["count"]
+
+    with Lab("many") as lab:
+        net = Net(lab, tmp_path, b'{"Network":"10.0.0.0/8","SubnetMax":"10.100.0.0"}')
+        one, two = net.add("--data-path", path), net.add("--data-path", path)
+        box1, box2 = net.boxes.values()
+        if path == "tc":
+            direct(one, two, box1, box2)
+        until(lambda: reaches(box1, box2.address))
+        with pinged(box1, box2.address), closing(net.store()) as store:
+            first = fill(store, 0, "198.51.100.1")
+            until(lambda: peers(one) == peers(two) == many + 1, seconds=60)
+            for key in first:
+                store.delete(key)
+            fill(store, many, "198.51.100.2")
+            fill(store, 2 * many, "198.51.100.3")
+            until(lambda: peers(one) == peers(two) == 2 * many + 1, seconds=60)
+        if path == "tc":
+            direct(one, two, box1, box2)
+    assert lab.leftovers() == ()
 
 
 def test_a_dead_agents_packets_flow_until_its_lease_ends(net: Net) -> None:
