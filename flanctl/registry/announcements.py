@@ -12,7 +12,6 @@ import random
 import threading
 from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Address
-from math import inf
 from typing import TYPE_CHECKING
 
 from flanctl.errors import FlanctlError
@@ -28,8 +27,6 @@ LOOK_SECONDS = 600.0
 """Between two looks at our own announcement; a third of its time if that is shorter."""
 STOPPED = "stopped"
 """A data path for one who has none for the time being."""
-STOPPED_SECONDS = 30.0
-"""How long one who has stopped still counts: a restart is over by then, and its kernel path goes on meanwhile."""
 MAX_BYTES = 4096
 """Of an announcement we read; ours have about 200."""
 
@@ -200,26 +197,19 @@ class Announcer:
 class Hosts:
     """Which hosts run flanctl now, by their announcements: all of them at a list, then by what a watch tells.
 
+    One that says that it stopped does not count from then on: a flanneld may be what comes next, and a restart loses
+    nothing by packets that take user space for a moment.
+
     `listed` and `saw` belong to the follower's thread, `addresses` may be asked from any.
     """
 
-    def __init__(self, store: Store, prefix: str, changed: Callable[[], None], clock: Clock) -> None:
+    def __init__(self, store: Store, prefix: str, changed: Callable[[], None]) -> None:
         self._store = store
         self._prefix = prefix
         self._folder = _folder(prefix)
         self._changed = changed
-        self._clock = clock
-        self._ends: dict[IPv4Address, float] | None = None
-        """Until when each counts: for ever, or a while after it said that it stopped. Replaced whole."""
-
-    @property
-    def addresses(self) -> frozenset[IPv4Address] | None:
-        """None until they were listed once."""
-        ends = self._ends
-        if ends is None:
-            return None
-        now = self._clock.now()
-        return frozenset(address for address, end in ends.items() if now < end)
+        self.addresses: frozenset[IPv4Address] | None = None
+        """None until they were listed once. The same object while nothing changes."""
 
     def listed(self) -> None:
         """Ask for all. A registry that does not tell, or does not let us look there, leaves what is known."""
@@ -227,35 +217,25 @@ class Hosts:
             found = announcements(self._store, self._prefix)
         except FlanctlError:
             return
-        self._take({address: self._end(address, words) for address, words in found.items()})
+        self._take(frozenset(address for address, words in found.items() if words.data_path != STOPPED))
 
     def saw(self, event: Put | Delete) -> None:
         key = event.entry.key if isinstance(event, Put) else event.key
-        if self._ends is None or not key.startswith(self._folder):
+        if self.addresses is None or not key.startswith(self._folder):
             return
         try:
             address = IPv4Address(key.removeprefix(self._folder))
         except ValueError:
             return
-        ends = dict(self._ends)
         words = Announcement.parse(event.entry.value) if isinstance(event, Put) else None
-        if words is None:
-            ends.pop(address, None)
+        if words is None or words.data_path == STOPPED:
+            self._take(self.addresses - {address})
         else:
-            ends[address] = self._end(address, words)
-        self._take(ends)
+            self._take(self.addresses | {address})
 
-    def _end(self, address: IPv4Address, words: Announcement) -> float:
-        if words.data_path != STOPPED:
-            return inf
-        if self._ends is None or address not in self._ends:
-            return 0.0  # it stopped before we knew it
-        return min(self._ends[address], self._clock.now() + STOPPED_SECONDS)
-
-    def _take(self, ends: dict[IPv4Address, float]) -> None:
-        before = self.addresses
-        self._ends = ends
-        if self.addresses != before:
+    def _take(self, addresses: frozenset[IPv4Address]) -> None:
+        if addresses != self.addresses:
+            self.addresses = addresses
             self._changed()
 
 

@@ -10,6 +10,7 @@ What every path must carry and refuse is in test_agent_packets.py, over both. Ne
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import re
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -393,6 +395,34 @@ def test_a_stopped_agents_path_ends_after_a_moment_and_a_killed_ones_with_the_le
     assert all(valid_until(path) > 80_000 for path in pins)
 
 
+def test_what_comes_in_place_of_a_stopped_agent_gets_its_datagrams_at_once(net: Net) -> None:
+    """The way back to flanneld: stop, delete flannel0, start the other. Its peers send it nothing from their kernels."""
+    one, two = net.add(*TC), net.add(*TC)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    assert two.terminate() == 0
+    two.host.ip_batch("link delete flannel0")
+    assert "flanctl_dec" in filters(two.host, "eth0", "ingress")
+    with inside(two.host.path):
+        flanneld = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with closing(flanneld):
+        flanneld.bind((str(two.host.address), PORT))
+        flanneld.setblocking(False)
+
+        def heard() -> bool:
+            """An echo request, which user space sent."""
+            before = kernels(one)[0]
+            ping(box1, box2.address, "-c", "1", "-W", "1")
+            try:
+                datagram = flanneld.recv(2000)
+            except BlockingIOError:
+                return False
+            assert datagram[16:20] == box2.address.packed
+            return kernels(one)[0] == before
+
+        until(heard, seconds=10)
+
+
 # ---- the device that receives for us --------------------------------------------------------------------------------
 
 
@@ -665,29 +695,46 @@ def test_a_firewall_rule_on_the_port_is_said_to_be_inert(net: Net) -> None:
 # ---- where it cannot be ----------------------------------------------------------------------------------------------
 
 
+NO_BPF = f"""
+import ctypes, os, struct, sys
+number = {{"x86_64": 321, "aarch64": 280}}[os.uname().machine]
+steps = (0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | {errno.EPERM}), (0x06, 0, 0, 0x7FFF0000)
+filter = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(filter))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.create_string_buffer(program)) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""Runs a program that may not call bpf(2), as under a container's seccomp profile."""
+CAPABILITIES = "-sys_admin,-bpf"
+
+
 @pytest.mark.parametrize(
     ("before", "why"),
     [
-        ((), "CAP_BPF"),
-        (("mount", "--bind", "{empty}", "/sys/fs"), "there is no /sys/fs/bpf"),
-        (("mount", "-o", "remount,bind,ro", "/sys/fs/bpf"), "is not writable"),
+        (["setpriv", "--bounding-set", CAPABILITIES, "--inh-caps", CAPABILITIES], "CAP_BPF"),
+        ([sys.executable, "-c", NO_BPF], "Operation not permitted"),
+        (
+            ["unshare", "-m", "sh", "-c", 'mount --bind {empty} /sys/fs && exec "$@"', "sh"],
+            "there is no /sys/fs/bpf",
+        ),
+        (
+            ["unshare", "-m", "sh", "-c", 'mount -o remount,bind,ro /sys/fs/bpf && exec "$@"', "sh"],
+            "is not writable",
+        ),
     ],
-    ids=["no right to bpf", "no bpf file system", "read-only"],
+    ids=["no right to bpf", "no system call bpf", "no bpf file system", "read-only"],
 )
 def test_without_what_it_needs_auto_takes_user_space_and_says_why(
-    net: Net, tmp_path: Path, before: tuple[str, ...], why: str
+    net: Net, tmp_path: Path, before: list[str], why: str
 ) -> None:
     host, folder, empty = net.lab.add_host(), tmp_path / "agent", tmp_path / "empty"
     folder.mkdir()
     empty.mkdir()
-    command = [*program("flanctl"), "agent", "--iface", "eth0", "--data-path", "auto"]
+    command = [word.replace("{empty}", str(empty)) for word in before]
+    command += [*program("flanctl"), "agent", "--iface", "eth0", "--data-path", "auto"]
     command += ["--subnet-file", str(folder / "subnet.env")]
-    if before:
-        script = " ".join(before).format(empty=empty) + ' && exec "$@"'
-        command = ["unshare", "-m", "sh", "-c", script, "sh", *command]
-    else:
-        caps = "-sys_admin,-bpf"
-        command = ["setpriv", "--bounding-set", caps, "--inh-caps", caps, *command]
     env = environment(f"sqlite:{net.folder}/registry.db")
     env |= {"FLANCTL_STATE_DIR": str(folder / "state"), "FLANCTL_RUN_DIR": str(folder / "run")}
     process = host.popen(command, env=env, stderr=subprocess.PIPE, text=True)

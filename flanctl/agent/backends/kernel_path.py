@@ -31,7 +31,7 @@ from flanctl.agent.kernel.tc import PREFERENCE, Filters, program_id
 from flanctl.errors import Conflict, FlanctlError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from ipaddress import IPv4Network
 
     from flanctl._native import KernelPath
@@ -111,6 +111,8 @@ class KernelSide:
         self._settings: KernelSettings | None = None
         """What `_path` was told last."""
         self._ids = (0, 0, 0)
+        self._carried: tuple[Sequence[Peer], Collection[IPv4Address]] | None = None
+        """Peers, and hosts that run flanctl, as the maps have them: the same objects are not told again."""
         self._remembered: frozenset[IPv4Address] = frozenset()
         """Hosts that an agent before us knew to run flanctl."""
         self._refused = ""
@@ -141,6 +143,7 @@ class KernelSide:
         self,
         own: IPv4Network,
         peers: Sequence[Peer],
+        rows: Iterable[tuple[str, int, str]],
         *,
         flanctl: Collection[IPv4Address] | None,
         until: float | None,
@@ -148,7 +151,7 @@ class KernelSide:
     ) -> tuple[str, ...]:
         """Have it as it should be: sentences for what had to be repaired. Never raises: without it packets flow too.
 
-        `flanctl` are the hosts known to run it; None: nobody knows yet, so they are those that were known last.
+        `rows` are the peers in the data plane's words. `flanctl` are the hosts known to run it; None: nobody knows yet, so they are those that were known last.
         `until` is the end of our lease, in seconds since boot; None for a reservation.
         """
         try:
@@ -168,17 +171,12 @@ class KernelSide:
             }
             path = self._path or self._load(settings)
             ours = self._remembered if flanctl is None else flanctl
-            path.replace_peers(
-                [
-                    (
-                        str(peer.subnet.network_address),
-                        peer.subnet.prefixlen,
-                        str(peer.public_ip),
-                        peer.public_ip in ours,
-                    )
-                    for peer in peers
-                ]
-            )
+            if self._carried is None or self._carried[0] is not peers or self._carried[1] is not ours:
+                self._carried = None
+                path.replace_peers(
+                    [(*row, peer.public_ip in ours) for peer, row in zip(peers, rows, strict=True)]
+                )
+                self._carried = peers, ours
             settings["rx_port"] = self._have_receiver(path)
             path.configure(settings)
             self._settings = settings

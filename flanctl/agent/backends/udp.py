@@ -224,7 +224,8 @@ class UdpBackend:
                 kernel_path.remove(self._kernel)
                 self._said = self.data_path_why
             return ()
-        repaired = side.apply(subnet, peers, flanctl=self._flanctl, until=self._lease_ends, device=link)
+        rows = (row for _, row in self._rows.values())
+        repaired = side.apply(subnet, peers, rows, flanctl=self._flanctl, until=self._lease_ends, device=link)
         if self._wanted == "tc" and not side.attached and not self._said:
             raise FlanctlError(
                 f"--data-path tc: packets cannot be carried in the kernel: {side.why}",

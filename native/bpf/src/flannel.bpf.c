@@ -97,6 +97,15 @@ struct {
     __uint(max_entries, EVENTS);
 } counters SEC(".maps");
 
+/* flannel0, for as long as it is there: the kernel itself takes a device out of such a map when it goes. Redirected to an index
+ * that is nobody's any more, packets would be lost, where a flanneld may have come in our place. */
+struct {
+    __uint(type, BPF_MAP_TYPE_DEVMAP);
+    __type(key, __u32);
+    __type(value, struct bpf_devmap_val);
+    __uint(max_entries, 1);
+} device SEC(".maps");
+
 static __always_inline void count(__u32 event, __u64 packets, __u64 bytes) {
     struct count *c = bpf_map_lookup_elem(&counters, &event);
     if (c) {
@@ -377,7 +386,7 @@ SEC("classifier") int flanctl_dec(struct __sk_buff *skb) {
         bpf_ntohs(outer->udp.len) + sizeof(struct iphdr) + ETH_HLEN != length)
         return pass(PASS_OTHER);
     __u64 now = bpf_ktime_get_boot_ns();
-    if (now >= c->valid_until)
+    if (now >= c->valid_until || !bpf_map_lookup_elem(&device, &zero))
         return pass(PASS_EXPIRED);
 
     __be32 sender = outer->ip.saddr;

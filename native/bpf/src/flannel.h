@@ -8,7 +8,7 @@
 
 #include <linux/types.h>
 
-#define LAYOUT 2
+#define LAYOUT 3
 
 /* The only element of `config`. Addresses and ports are in network order where the type says so, else in the host's. */
 struct config {

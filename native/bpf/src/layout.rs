@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 /// Changes whenever the meaning of a map's bytes does.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 pub const UPLINKS: usize = 8;
 pub const FOREIGN: u32 = 4096;
 
@@ -144,10 +144,11 @@ pub const PASSES: [&str; 6] = [
 pub const EVENTS: u32 = FIRST_DROP + DROPS.len() as u32 + PASSES.len() as u32;
 
 /// What a map must be like to be ours: name, bytes of key and value, and its size where the loader does not choose it.
-pub const MAPS: [(&str, usize, usize); 5] = [
+pub const MAPS: [(&str, usize, usize); 6] = [
     ("config", 4, size_of::<Config>()),
     ("subnets", 4, size_of::<Hop>()),
     ("foreign", 8, size_of::<ForeignHop>()),
     ("peers", 4, size_of::<Traffic>()),
     ("counters", 4, size_of::<Count>()),
+    ("device", 4, 8), // struct bpf_devmap_val
 ];

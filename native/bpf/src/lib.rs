@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io, thread};
 
+use aya::maps::xdp::DevMap;
 use aya::maps::{Array, MapInfo, PerCpuArray, PerCpuHashMap};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
@@ -191,6 +192,11 @@ impl KernelPath {
     /// anything else changes, the path is off for a moment, and user space carries what comes meanwhile.
     pub fn configure(&mut self, settings: &Settings) -> Result<(), Error> {
         let wanted = self.config_of(settings)?;
+        // Also with the same index: the kernel has taken it out if the device was away.
+        let device = self.ebpf.map_mut("device").ok_or_else(|| missing("device"))?;
+        let mut map = DevMap::try_from(device).map_err(|cause| error("device", &cause))?;
+        map.set(0, settings.tun, None, 0)
+            .map_err(|cause| error("cannot write the map device", &cause))?;
         if wanted == self.config {
             return Ok(());
         }
@@ -655,6 +661,7 @@ pub fn unfit(pins: &Path, slots: u32) -> Option<String> {
             "subnets" => slots,
             "foreign" => FOREIGN,
             "peers" => most_peers(slots),
+            "device" => 1,
             _ => EVENTS,
         };
         let path = pins.join(name);

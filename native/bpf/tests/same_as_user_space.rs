@@ -514,3 +514,25 @@ fn a_table_that_could_be_written_in_part_only_leaves_nothing_behind_in_the_next(
     bench.path.replace_peers(&table(2)).unwrap();
     assert_eq!(bench.path.traffic().unwrap().len(), 3000 + PLAIN);
 }
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn without_the_device_every_datagram_goes_to_the_socket_until_there_is_another() {
+    let mut both = Both::new(PeerCheck::Strict, PLAIN);
+    let inner = datagram_of(b"payload", [172, 17, 7, 9].into(), [172, 17, 41, 5].into(), 9);
+    let frame = frame(&datagram_of(&inner, [192, 0, 2, 12].into(), LOCAL, PORT));
+    assert_eq!(
+        both.bench.decapsulate(&frame).unwrap(),
+        Outcome::Redirected(inner.clone())
+    );
+    shell("ip link delete flannel0");
+    assert_eq!(both.bench.decapsulate(&frame).unwrap(), Outcome::Passed);
+    assert!(both.bench.path.configure(&both.settings).is_err(), "it is gone");
+    shell("ip tuntap add flannel0 mode tun; ip link set flannel0 mtu 1472 up");
+    both.settings.tun = index("flannel0");
+    both.bench.path.configure(&both.settings).unwrap();
+    assert_eq!(
+        both.bench.decapsulate(&frame).unwrap(),
+        Outcome::Redirected(inner)
+    );
+}

@@ -84,10 +84,6 @@ impl Groups {
         self.limit = limit;
     }
 
-    pub fn limit(&self) -> usize {
-        self.limit
-    }
-
     pub fn is_empty(&self) -> bool {
         self.packets.is_empty()
     }
