@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import socket
 import threading
@@ -184,4 +183,4 @@ def test_an_unknown_offload_is_a_usage_error_that_names_them(pair: tuple[Member,
     assert answer.returncode == 2
     assert '"tso,lro"' in answer.stderr
     assert "tso, uso, gso, gro" in answer.stderr
-    assert os.linesep not in answer.stderr.strip() or "hint" in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
