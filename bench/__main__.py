@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,8 +52,8 @@ def look_up() -> dict[str, Any]:
 
 EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {"lookup": look_up}
 """Rows without paths: a name in the result, and what to put there. bench/report.py shows those it knows."""
-OWN = ("processes", "agent")
-"""What needs the agents of the path tun: whole commands, and the agent's own figures."""
+OWN = ("processes", "agent", "restart")
+"""What needs agents: whole commands and the agent's own figures on the path tun, restarts on every path of flanctl's."""
 
 
 def main() -> int:
@@ -133,6 +135,8 @@ def measure(folder: Path, rows: list[str], wanted: list[str], rounds: int, secon
                 paths, agents = ways.build(lab, wanted, folder, url)
                 result["samples"] = in_turn(lab, paths, rows, rounds, seconds)
                 result |= own(agents, rows, url, rounds)
+                if "restart" in rows:
+                    result["restart"] = restarts(paths, agents, rounds)
     lasted = (time.monotonic() - began) * (os.cpu_count() or 1)
     stolen = processor_time()[1] - stolen
     result["conditions"]["steal_percent"] = round(stolen / lasted * 100, 1)
@@ -204,6 +208,30 @@ def own(agents: dict[str, RunningAgent], rows: list[str], url: str, rounds: int)
             second = second.again().wait()
             ready.append(time.monotonic() - began)
         found["agent"] = {"ready_seconds": ready, **idle}
+    return found
+
+
+def restarts(
+    paths: list[ways.Path], agents: dict[str, RunningAgent], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds between two answered pings, one sent every 5 ms, while one of the path's agents is started again."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(rounds):
+        for path in paths:
+            one, boxes = path.hosts[0].name, path.boxes
+            if one not in agents or boxes is None:
+                continue
+            for how in ("SIGTERM", "SIGKILL"):
+                command = ["ping", "-D", "-n", "-i", "0.005", "-W", "1", str(boxes[0].address)]
+                ping = boxes[1].popen(command, stdout=subprocess.PIPE, text=True)
+                time.sleep(0.5)
+                agents[one].terminate() if how == "SIGTERM" else agents[one].kill()
+                agents[one] = agents[one].again().wait()
+                time.sleep(0.5)
+                ping.send_signal(signal.SIGINT)
+                answered = re.findall(r"(?m)^\[([\d.]+)\] \d+ bytes", ping.communicate()[0])
+                longest = max(float(after) - float(before) for before, after in itertools.pairwise(answered))
+                found.setdefault(path.name, {}).setdefault(how, []).append(longest * 1000)
     return found
 
 

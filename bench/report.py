@@ -39,6 +39,17 @@ def render(result: dict[str, Any]) -> str:
         lines += _lookup(result["lookup"])
     if "processes" in result:
         lines += [*_commands(result["processes"]), ""]
+    if "restart" in result:
+        ways = list(result["restart"])
+        lines += [
+            f"| agent started again under load: longest pause of a ping every 5 ms, ms | {' | '.join(ways)} |",
+            f"| {' | '.join(['---'] * (len(ways) + 1))} |",
+            *(
+                f"| after {how} | {' | '.join(_spread(result['restart'][way][how], 0, 1) for way in ways)} |"
+                for how in ("SIGTERM", "SIGKILL")
+            ),
+            "",
+        ]
     if "agent" in result:
         agent = result["agent"]
         lines += [

@@ -28,7 +28,14 @@ def result(tun: float) -> dict[str, Any]:
         "agents": "venv",
     }
     lookup = {"flanctl": {"10": 3.0, "10000": 3.1}}
-    return {"when": "2026-01-01T00:00:00Z", "conditions": conditions, "samples": samples, "lookup": lookup}
+    restart = {"tun": {"SIGTERM": [180.0, 190.0, 200.0], "SIGKILL": [170.0]}}
+    return {
+        "when": "2026-01-01T00:00:00Z",
+        "conditions": conditions,
+        "samples": samples,
+        "lookup": lookup,
+        "restart": restart,
+    }
 
 
 def test_the_table_has_a_line_for_each_metric_and_the_ratio_of_medians() -> None:
@@ -37,6 +44,7 @@ def test_the_table_has_a_line_for_each_metric_and_the_ratio_of_medians() -> None
         line = next(line for line in table.splitlines() if line.startswith(f"| {metric.title} |"))
         assert f"**1.50** {metric.against}" in line
     assert "| flanctl | 3 | 3 |" in table
+    assert "| after SIGTERM | 190 (180–200) |" in table
 
 
 def test_a_path_that_was_not_measured_in_a_row_leaves_its_cell_empty() -> None:
