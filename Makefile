@@ -60,6 +60,11 @@ fuzz: setup ## Hostile keys, answers and packets, and the lease model deeper: te
 		-p dataplane --test fuzz -- --test-threads 1 --nocapture
 	FLANCTL_MODEL_STATES=$(or $(STATES),100000) $(PY) -m pytest tests/unit/registry/test_lease_model.py --timeout 0 -q
 
+.PHONY: sanitize
+sanitize: ## The data plane's tests, fuzz corpus included, under AddressSanitizer (x86_64 or aarch64)
+	cd native && RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --locked -p dataplane \
+		--target "$$(rustc -vV | sed -n 's/^host: //p')" --target-dir target/address
+
 .PHONY: setup
 setup: $(VENV)/.native ## .venv with flanctl in it, editable
 

@@ -716,7 +716,9 @@ class Agent:
             ttl=self._options.lease_ttl,
         )
 
-        self._hosts = Hosts(self._store, self._options.prefix, lambda: self._inbox.put(HostsChanged()))
+        self._hosts = Hosts(
+            self._store, self._options.prefix, lambda: self._inbox.put(HostsChanged()), self._clock
+        )
 
         def beside_leases(event: Put | Delete) -> None:
             self._hosts.saw(event)

@@ -12,6 +12,7 @@ import random
 import threading
 from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Address
+from math import inf
 from typing import TYPE_CHECKING
 
 from flanctl.errors import FlanctlError
@@ -27,6 +28,9 @@ LOOK_SECONDS = 600.0
 """Between two looks at our own announcement; a third of its time if that is shorter."""
 STOPPED = "stopped"
 """A data path for one who has none for the time being."""
+STOPPED_SECONDS = 10.0
+"""How long one who has stopped still counts: a restart or an upgrade is over by then, and its kernel path goes on meanwhile. Over
+a virtual wire that takes only what other kernels send (flannel.bpf.c, unfinished)."""
 MAX_BYTES = 4096
 """Of an announcement we read; ours have about 200."""
 
@@ -197,19 +201,32 @@ class Announcer:
 class Hosts:
     """Which hosts run flanctl now, by their announcements: all of them at a list, then by what a watch tells.
 
-    One that says that it stopped does not count from then on: a flanneld may be what comes next, and a restart loses
-    nothing by packets that take user space for a moment.
-
     `listed` and `saw` belong to the follower's thread, `addresses` may be asked from any.
     """
 
-    def __init__(self, store: Store, prefix: str, changed: Callable[[], None]) -> None:
+    def __init__(self, store: Store, prefix: str, changed: Callable[[], None], clock: Clock) -> None:
         self._store = store
         self._prefix = prefix
         self._folder = _folder(prefix)
         self._changed = changed
-        self.addresses: frozenset[IPv4Address] | None = None
+        self._clock = clock
+        self._ends: dict[IPv4Address, float] | None = None
+        """Until when each counts: for ever, or a while after it said that it stopped. Replaced whole."""
+        self._counting: tuple[dict[IPv4Address, float], float, frozenset[IPv4Address]] | None = None
+        """Those of `_ends` that count, and until when these are they."""
+
+    @property
+    def addresses(self) -> frozenset[IPv4Address] | None:
         """None until they were listed once. The same object while nothing changes."""
+        ends, counting = self._ends, self._counting
+        if ends is None:
+            return None
+        now = self._clock.now()
+        if counting is None or counting[0] is not ends or now >= counting[1]:
+            there = frozenset(address for address, end in ends.items() if now < end)
+            counting = ends, min((ends[address] for address in there), default=inf), there
+            self._counting = counting
+        return counting[2]
 
     def listed(self) -> None:
         """Ask for all. A registry that does not tell, or does not let us look there, leaves what is known."""
@@ -217,25 +234,35 @@ class Hosts:
             found = announcements(self._store, self._prefix)
         except FlanctlError:
             return
-        self._take(frozenset(address for address, words in found.items() if words.data_path != STOPPED))
+        self._take({address: self._end(address, words) for address, words in found.items()})
 
     def saw(self, event: Put | Delete) -> None:
         key = event.entry.key if isinstance(event, Put) else event.key
-        if self.addresses is None or not key.startswith(self._folder):
+        if self._ends is None or not key.startswith(self._folder):
             return
         try:
             address = IPv4Address(key.removeprefix(self._folder))
         except ValueError:
             return
+        ends = dict(self._ends)
         words = Announcement.parse(event.entry.value) if isinstance(event, Put) else None
-        if words is None or words.data_path == STOPPED:
-            self._take(self.addresses - {address})
+        if words is None:
+            ends.pop(address, None)
         else:
-            self._take(self.addresses | {address})
+            ends[address] = self._end(address, words)
+        self._take(ends)
 
-    def _take(self, addresses: frozenset[IPv4Address]) -> None:
-        if addresses != self.addresses:
-            self.addresses = addresses
+    def _end(self, address: IPv4Address, words: Announcement) -> float:
+        if words.data_path != STOPPED:
+            return inf
+        if self._ends is None or address not in self._ends:
+            return 0.0  # it stopped before we knew it
+        return min(self._ends[address], self._clock.now() + STOPPED_SECONDS)
+
+    def _take(self, ends: dict[IPv4Address, float]) -> None:
+        before = self.addresses
+        self._ends = ends
+        if self.addresses != before:
             self._changed()
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flanctl.errors import RegistryUnreachable
 from flanctl.registry.announcements import (
+    STOPPED_SECONDS,
     AnnounceFailed,
     Announcement,
     Announcer,
@@ -108,27 +109,30 @@ def test_an_agent_that_stops_leaves_another_machines_words(store, machine):
     assert announcements(store, PREFIX) == {IP: THEIRS}
 
 
-def test_a_host_that_stopped_counts_no_more_until_it_is_back(store):
-    """A flanneld may come in its place, which cannot read what a kernel sends."""
-    changes = []
-    hosts = Hosts(store, PREFIX, lambda: changes.append(hosts.addresses))
+def test_a_host_that_stopped_counts_for_the_time_of_a_restart(store, clock):
+    hosts = Hosts(store, PREFIX, lambda: None, clock)
     store.create(KEY, OURS.format(), ttl=3600)
     hosts.listed()
     entry = store.get(KEY)
     stopped = Put(replace(entry, value=replace(OURS, data_path="stopped").format()))
     hosts.saw(stopped)
+    clock.advance(STOPPED_SECONDS - 1)
     hosts.saw(stopped)
+    assert hosts.addresses == {IP}
+    assert hosts.addresses is hosts.addresses, "thousands are not gathered at each look"
+    clock.advance(2)
+    assert hosts.addresses == frozenset()
     hosts.saw(Put(entry))
-    assert changes == [{IP}, frozenset(), {IP}]
+    assert hosts.addresses == {IP}
     store.replace(KEY, stopped.entry.value, ttl=3600, expected=entry.revision)
-    late = Hosts(store, PREFIX, lambda: None)
+    late = Hosts(store, PREFIX, lambda: None, clock)
     late.listed()
     assert late.addresses == frozenset(), "who had stopped before we came"
 
 
-def test_hosts_are_those_that_announce_themselves(store):
+def test_hosts_are_those_that_announce_themselves(store, clock):
     other, changes = IPv4Address("192.168.6.3"), []
-    hosts = Hosts(store, PREFIX, lambda: changes.append(hosts.addresses))
+    hosts = Hosts(store, PREFIX, lambda: changes.append(hosts.addresses), clock)
     store.create(KEY, OURS.format(), ttl=60)
     created = Put(store.get(KEY))
     hosts.saw(created)
