@@ -657,11 +657,10 @@ fn missing(name: &str) -> Error {
 pub fn unfit(pins: &Path, slots: u32) -> Option<String> {
     for (name, key, value) in MAPS {
         let entries = match name {
-            "config" => 1,
+            "config" | "device" => 1,
             "subnets" => slots,
             "foreign" => FOREIGN,
             "peers" => most_peers(slots),
-            "device" => 1,
             _ => EVENTS,
         };
         let path = pins.join(name);
