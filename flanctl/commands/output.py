@@ -51,7 +51,12 @@ def json(document: Mapping[str, object]) -> None:
 
 def simple(rows: Sequence[Sequence[object]]) -> None:
     """Tab-separated rows; None prints as `-`."""
-    lines = ["\t".join("-" if cell is None else printable(str(cell)) for cell in row) + "\n" for row in rows]
+    lines = []
+    for row in rows:
+        cells = ["-" if cell is None else str(cell) for cell in row]
+        if not "".join(cells).isprintable():
+            cells = list(map(printable, cells))
+        lines.append("\t".join(cells) + "\n")
     # Piece by piece: a stream is flushed at each write, and twenty thousand lines are no reason for as many calls.
     for start in range(0, len(lines), 1000):
         streams.out().write("".join(lines[start : start + 1000]))
