@@ -54,8 +54,8 @@ FOREVER = (1 << 64) - 1
 GRACE = 120
 """Seconds for which the path goes on when its agent was stopped: time for a restart, and for an upgrade. Then nobody follows the
 leases any more, and flanneld may be what runs here next."""
-LOOK_AGAIN = 300.0
-"""Seconds between two looks at the firewall's rules, which takes a while."""
+FIRST_LOOK, LOOK_AGAIN = 3.0, 300.0
+"""Seconds until the first look at the firewall's rules, and between two: it takes a while, and a start has no time for it."""
 TRY_AGAIN, TRY_AGAIN_AT_MOST = 4.0, 300.0
 """Seconds until it is tried again after a kernel refused it, twice as many each time: at boot there may be no route yet."""
 
@@ -123,7 +123,7 @@ class KernelSide:
         self._sampled = 0
         self._clean = False
         """Nothing of ours is attached, by us or by an agent before us."""
-        self._look_at = 0.0
+        self._look_at = time.monotonic() + FIRST_LOOK
         self._inert = ""
         self._no_receiver = ""
         self._returned: tuple[int, int] | None = None
