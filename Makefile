@@ -38,10 +38,10 @@ test-frozen: setup ## Commands, netns, e2e and the demo against dist/flanctl (ro
 	@scripts/need test
 	FLANCTL_EXE=$(FLANCTL_EXE) $(PY) -m pytest --require $(or $(REQUIRE),frozen) $(FROZEN) $(ARGS)
 
-.PHONY: soak-frozen
-soak-frozen: setup ## Ten minutes of agents from dist/flanctl under traffic: memory and descriptors stay flat (root)
+.PHONY: soak
+soak: setup ## An hour of agents from dist/flanctl under traffic: memory and descriptors stay flat (root; SECONDS=…)
 	@scripts/need test
-	FLANCTL_EXE=$(FLANCTL_EXE) $(PY) -m pytest --require frozen tests/frozen/test_soak.py -m soak $(ARGS)
+	FLANCTL_SOAK_SECONDS=$(or $(SECONDS),3600) FLANCTL_EXE=$(FLANCTL_EXE) $(PY) -m pytest --require frozen tests/frozen/test_soak.py -m soak $(ARGS)
 
 .PHONY: drills
 drills: setup ## etcd members die, hang, lose quorum and data at full length (root, an hour); renews docs/drills.md
