@@ -151,7 +151,8 @@ class KernelSide:
     ) -> tuple[str, ...]:
         """Have it as it should be: sentences for what had to be repaired. Never raises: without it packets flow too.
 
-        `rows` are the peers in the data plane's words. `flanctl` are the hosts known to run it; None: nobody knows yet, so they are those that were known last.
+        `rows` are the peers in the data plane's words. `flanctl` are the hosts known to run it; None: nobody knows yet, so
+        they are those that were known last.
         `until` is the end of our lease, in seconds since boot; None for a reservation.
         """
         try:
