@@ -447,11 +447,12 @@ class Agent:
                 dirty |= self._learn(config, machine, held)
             tick = self._clock.now() >= due or self._reload
             self._reload = False
-            dirty |= self._link_changed and self._clock.now() >= self._looked + LINK_PAUSE
+            look = tick or (self._link_changed and self._clock.now() >= self._looked + LINK_PAUSE)
             if tick:
                 due = self._clock.now() + self._options.resync_seconds
-            if (dirty or tick) and self._peers is not None:
-                self._apply(config, machine, held, rules, with_rules=tick or self.phase is not Phase.READY)
+            if (dirty or look) and self._peers is not None:
+                first = self.phase is not Phase.READY
+                self._apply(config, machine, held, rules, with_rules=tick or first, look=look or first)
             if tick:
                 self._tell_drops(machine)
             if self._clock.now() >= self._saves.due():
@@ -802,12 +803,15 @@ class Agent:
         rules: IptablesRules,
         *,
         with_rules: bool,
+        look: bool = True,
     ) -> None:
-        """Make the machine what everything known says it should be."""
-        self._looked, self._link_changed = self._clock.now(), False
+        """Make the machine what everything known says it should be; without `look` where only other hosts have changed."""
+        began = self._clock.now()
+        if look:
+            self._looked, self._link_changed = began, False
         try:
             machine.backend.told(lease_ends=self._keeper.held.ends, flanctl=self._hosts.addresses)
-            report = machine.backend.apply(self._peers or ())
+            report = machine.backend.apply(self._peers or (), look=look)
         except FlanctlError as error:
             if error.id in FATAL or self.phase is not Phase.READY:
                 raise
@@ -818,15 +822,17 @@ class Agent:
         repaired, failed = list(report.repaired), list(report.failed)
         rules_error: str | None = None
         before = machine.ruleset_generation() if with_rules else None
-        look = with_rules and (before is None or before != self._settled or self._looked >= self._look_again)
-        if look:
+        look_at_rules = with_rules and (
+            before is None or before != self._settled or self._looked >= self._look_again
+        )
+        if look_at_rules:
             try:
                 repaired += rules.ensure(masq=self._options.ip_masq, forward=self._options.forward_rules)
             except FlanctlError as error:
                 rules_error = error.message
                 failed.append(error.message)
         rules_repaired = len(repaired) - len(report.repaired)
-        accept = self._accept.ensure() if look else None
+        accept = self._accept.ensure() if look_at_rules else None
         if accept is not None:
             repaired += accept.repaired
             failed += [words for words in (accept.error, accept.closed) if words is not None]
@@ -839,8 +845,8 @@ class Agent:
             self._trouble = machine.underlay_trouble()
         self._observer.applied(
             report,
-            seconds=self._clock.now() - self._looked,
-            rules=self._options.ip_masq + self._options.forward_rules if look else None,
+            seconds=self._clock.now() - began,
+            rules=self._options.ip_masq + self._options.forward_rules if look_at_rules else None,
             rules_repaired=rules_repaired,
             rules_error=rules_error,
             accept=accept,

@@ -113,8 +113,11 @@ class Backend(Protocol):
         """Bring up the device for our own `subnet`. Idempotent over restarts: takes over what we left."""
         ...
 
-    def apply(self, peers: Sequence[Peer]) -> ApplyReport:
-        """Make kernel and data plane want exactly this, and repair drift. Keeps what failed for the next call."""
+    def apply(self, peers: Sequence[Peer], *, look: bool = True) -> ApplyReport:
+        """Make kernel and data plane want exactly this, and repair drift. Keeps what failed for the next call.
+
+        Without `look` only the peers need be told: nothing says that the device or its routes have changed.
+        """
         ...
 
     def counters(self) -> Mapping[str, int]:

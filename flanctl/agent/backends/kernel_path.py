@@ -171,13 +171,7 @@ class KernelSide:
                 "rx_port": 0,
             }
             path = self._path or self._load(settings)
-            ours = self._remembered if flanctl is None else flanctl
-            if self._carried is None or self._carried[0] is not peers or self._carried[1] is not ours:
-                self._carried = None
-                path.replace_peers(
-                    [(*row, peer.public_ip in ours) for peer, row in zip(peers, rows, strict=True)]
-                )
-                self._carried = peers, ours
+            self._tell(path, peers, rows, flanctl)
             settings["rx_port"] = self._have_receiver(path)
             path.configure(settings)
             self._settings = settings
@@ -187,6 +181,35 @@ class KernelSide:
         except (FlanctlError, RuntimeError) as error:
             self._withdraw(str(error))
         return ()
+
+    def follow(
+        self,
+        peers: Sequence[Peer],
+        rows: Iterable[tuple[str, int, str]],
+        *,
+        flanctl: Collection[IPv4Address] | None,
+    ) -> None:
+        """As `apply`, where nothing but these has changed. Never raises."""
+        if self._path is None or not self.attached:
+            return
+        try:
+            self._tell(self._path, peers, rows, flanctl)
+        except RuntimeError as error:
+            self._withdraw(str(error))
+
+    def _tell(
+        self,
+        path: KernelPath,
+        peers: Sequence[Peer],
+        rows: Iterable[tuple[str, int, str]],
+        flanctl: Collection[IPv4Address] | None,
+    ) -> None:
+        ours = self._remembered if flanctl is None else flanctl
+        if self._carried is not None and self._carried[0] is peers and self._carried[1] is ours:
+            return
+        self._carried = None
+        path.replace_peers([(*row, peer.public_ip in ours) for peer, row in zip(peers, rows, strict=True)])
+        self._carried = peers, ours
 
     def lost(self) -> None:
         """Our subnet is another host's. Left alone the programs would carry it until the lease we had would have ended."""

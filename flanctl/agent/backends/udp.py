@@ -16,6 +16,7 @@ import errno
 import os
 import socket
 import threading
+from dataclasses import replace
 from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from flanctl.errors import Conflict, FlanctlError, NotFound, NotPermitted
 from flanctl.model.dialect import Dialect
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from ipaddress import IPv4Address, IPv4Network
 
     from flanctl._native import DataPlane
@@ -83,6 +84,8 @@ class UdpBackend:
         """The peers the data plane has: the same object is not told again."""
         self._rows: dict[int, tuple[Peer, tuple[str, int, str]]] = {}
         """The data plane's words for each of them, by identity: to print thousands anew takes 10 ms."""
+        self._found: tuple[Objects, ...] = ()
+        """Device and routes as the last look left them; none where something was missing."""
         self._stopped = threading.Event()
         self._wanted = data_path
         self._side: KernelSide | None = None
@@ -169,11 +172,17 @@ class UdpBackend:
         plane.start()
         self._plane, self._carried = plane, None
 
-    def apply(self, peers: Sequence[Peer]) -> ApplyReport:
+    def apply(self, peers: Sequence[Peer], *, look: bool = True) -> ApplyReport:
         repaired: list[str] = []
         if self._plane is None or self._device is None:
             raise RuntimeError("apply follows start")
         why = self._plane.failure()
+        if not look and why is None and self._found:
+            self._tell(self._plane, peers)
+            if self._side is not None:
+                self._side.follow(peers, self._words(), flanctl=self._flanctl)
+            return ApplyReport(len(peers), objects=self._found)
+        self._found = ()
         link = self._kernel.link(DEVICE)
         if link is None or link.index != self._index:
             # Deleted under us: its descriptor died with it. If somebody made another in its place, opening refuses.
@@ -197,15 +206,12 @@ class UdpBackend:
             return ApplyReport(len(peers), tuple(repaired), (f"{DEVICE} is gone again",), (device,))
         wanted = [] if self._config.dialect is Dialect.V0_7 else [device_route(link, self._config.network)]
         report = self._routes.apply(wanted)
-        if peers is not self._carried:
-            before, self._rows = self._rows, {}
-            for peer in peers:
-                self._rows[id(peer)] = before.get(id(peer)) or (peer, _row(peer))
-            self._plane.replace_routes([row for _, row in self._rows.values()])
-            self._carried = peers
+        self._tell(self._plane, peers)
         routes = Objects("route", len(wanted), missing=report.missing, repaired=len(report.repaired))
         # After the user-space table, so that what the kernel passes up falls on one that knows.
         in_kernel = self._apply_side(peers, link)
+        if not report.missing:
+            self._found = (replace(device, repaired=0), replace(routes, repaired=0))
         return ApplyReport(
             len(peers),
             (*repaired, *report.repaired, *in_kernel),
@@ -213,6 +219,17 @@ class UdpBackend:
             objects=(device, routes),
             notes=self._notes(),
         )
+
+    def _tell(self, plane: DataPlane, peers: Sequence[Peer]) -> None:
+        if peers is not self._carried:
+            before, self._rows = self._rows, {}
+            for peer in peers:
+                self._rows[id(peer)] = before.get(id(peer)) or (peer, _row(peer))
+            plane.replace_routes(list(self._words()))
+            self._carried = peers
+
+    def _words(self) -> Iterator[tuple[str, int, str]]:
+        return (row for _, row in self._rows.values())
 
     def _apply_side(self, peers: Sequence[Peer], link: Link) -> tuple[str, ...]:
         """The kernel path. Raises FlanctlError where it is wanted at any price and cannot be had from the start."""
@@ -224,8 +241,9 @@ class UdpBackend:
                 kernel_path.remove(self._kernel)
                 self._said = self.data_path_why
             return ()
-        rows = (row for _, row in self._rows.values())
-        repaired = side.apply(subnet, peers, rows, flanctl=self._flanctl, until=self._lease_ends, device=link)
+        repaired = side.apply(
+            subnet, peers, self._words(), flanctl=self._flanctl, until=self._lease_ends, device=link
+        )
         if self._wanted == "tc" and not side.attached and not self._said:
             raise FlanctlError(
                 f"--data-path tc: packets cannot be carried in the kernel: {side.why}",

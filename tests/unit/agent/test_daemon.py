@@ -68,6 +68,7 @@ class FakeBackend:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self.applied: list[tuple[str, ...]] = []
+        self.looks = 0
         self.reports: list[ApplyReport] = []
         self.failing: list[FlanctlError] = []
         self.totals: dict[str, int] = {}
@@ -91,8 +92,9 @@ class FakeBackend:
     def lost(self) -> None:
         self._note("lost")
 
-    def apply(self, peers):
+    def apply(self, peers, *, look=True):
         self._note("apply")
+        self.looks += look
         self.applied.append(tuple(str(peer.subnet) for peer in peers))
         assert self.pause.wait(10)
         if self.failing:
@@ -594,6 +596,7 @@ def test_a_renewal_by_rewriting_the_same_value_moves_nothing(house):
 
     house.live(script)
     assert house.backend.applied == [("172.17.9.0/24",), ("172.17.9.0/24", "172.17.10.0/24")]
+    assert house.backend.looks == 1, "a peer that comes is no reason to look at the device"
 
 
 def test_peers_that_come_go_and_move_are_said_and_applied(house):

@@ -255,6 +255,29 @@ def test_drift_is_repaired_and_said(desk: Desk) -> None:
     )
 
 
+def test_where_only_peers_have_changed_the_kernel_is_not_looked_at(desk: Desk) -> None:
+    desk.started()
+    desk.kernel.set_link("flannel0", mtu=1300)
+    desk.backend.apply([], look=False)
+    assert desk.kernel.link("flannel0").mtu == 1472, "nothing was looked at yet"
+    desk.backend.apply([])
+    desk.kernel.set_link("flannel0", mtu=1300)
+    report = desk.backend.apply([PEER], look=False)
+    assert desk.reaches_peer()
+    assert (report.peers, report.repaired) == (1, ())
+    assert [(one.kind, one.wanted, one.missing) for one in report.objects] == [("link", 1, 0), ("route", 1, 0)]
+    assert desk.kernel.link("flannel0").mtu == 1300
+    assert desk.backend.apply([PEER]).repaired == ("mtu of flannel0 was 1300, set to 1472",)
+
+
+def test_a_data_plane_that_ended_is_started_anew_whatever_was_to_be_done(desk: Desk) -> None:
+    desk.started().backend.apply([PEER])
+    desk.kernel.tuns["flannel0"].shutdown(socket.SHUT_RDWR)
+    until(lambda: desk.backend.wait(1.0))
+    assert "started anew" in desk.backend.apply([PEER], look=False).repaired[0]
+    assert desk.reaches_peer()
+
+
 def test_a_deleted_device_is_made_anew_with_its_peers(desk: Desk) -> None:
     desk.started().backend.apply([PEER])
     desk.kernel.delete_link("flannel0")
