@@ -265,7 +265,10 @@ def test_where_only_peers_have_changed_the_kernel_is_not_looked_at(desk: Desk) -
     report = desk.backend.apply([PEER], look=False)
     assert desk.reaches_peer()
     assert (report.peers, report.repaired) == (1, ())
-    assert [(one.kind, one.wanted, one.missing) for one in report.objects] == [("link", 1, 0), ("route", 1, 0)]
+    assert [(one.kind, one.wanted, one.missing) for one in report.objects] == [
+        ("link", 1, 0),
+        ("route", 1, 0),
+    ]
     assert desk.kernel.link("flannel0").mtu == 1300
     assert desk.backend.apply([PEER]).repaired == ("mtu of flannel0 was 1300, set to 1472",)
 
