@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.paths import program, stat_seconds
+from bench.paths import FLANCTL, PLAIN_PORT, program, stat_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +145,41 @@ def _round_trip(path: Path, _: float) -> dict[str, float]:
     return {"rtt": statistics.median(times), "rtt_p95": times[int(len(times) * 0.95)]}
 
 
+PORTS = {"vxlan": 4789, "plain": PLAIN_PORT, **dict.fromkeys(FLANCTL, 8285)}
+"""Where a tunnel listens."""
+
+
+def _forged(path: Path, seconds: float) -> dict[str, float]:
+    """TCP with and without datagrams that the receiver's tunnel must refuse, from a host that is no peer.
+
+    Other tunnels' share says what is the forger's doing alone, which runs on the same processors.
+    """
+    if path.name not in PORTS:
+        return {}
+    one, two = path.hosts
+    lab, (source, target) = two.lab, path.addresses
+    options = ("-t", f"{seconds:g}", "-O", "1", "-C", "bbr")
+
+    def rate() -> float:
+        end = iperf(two, one, source, target, *options)["end"]
+        return float(end["sum_received"]["bits_per_second"])
+
+    quiet = rate()
+    words = [str(lab.network.network_address + 1), str(two.address), str(PORTS[path.name])]
+    # Longer than TCP takes, connection and warm-up included; ended after it.
+    forger = lab.underlay.popen(
+        [program("packets"), "send", *words, "1", "36", "36", "0", f"{seconds + 30:g}"],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        flooded = rate()
+        assert forger.poll() is None, "the forger ended before TCP"
+    finally:
+        forger.terminate()
+        forger.wait()
+    return {"forged": flooded / quiet}
+
+
 ROWS = (
     _tcp_row("tcp1_bbr", 1, "bbr", cpu=True),
     _tcp_row("tcp1_cubic", 1, "cubic"),
@@ -173,6 +208,15 @@ ROWS = (
             Metric("rtt_p95", "round trip, 95 of 100, ms", 3, more_is_better=False),
         ),
         _round_trip,
+    ),
+    Row(
+        "forged",
+        (
+            Metric(
+                "forged", "TCP, 1 stream, bbr, under a flood of a stranger's datagrams, share of its rate", 2
+            ),
+        ),
+        _forged,
     ),
     _tcp_row("nic1_bbr", 1, "bbr", offloads="NIC-like"),
     _tcp_row("nic1_cubic", 1, "cubic", offloads="NIC-like"),

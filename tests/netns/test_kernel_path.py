@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from ipaddress import IPv4Address
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -135,18 +137,22 @@ def ping(frm: Container | Host, to: IPv4Address, *words: str) -> int:
 @contextmanager
 def pinged(frm: Container, to: IPv4Address) -> Iterator[None]:
     """A ping every 10 ms meanwhile, of which none may be lost."""
-    command = ["ping", "-n", "-q", "-i", "0.01", "-W", "2", str(to)]
-    process = frm.popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield
-    finally:
-        process.send_signal(2)
-        text = process.communicate(timeout=20)[0]
-    found = re.search(r"(\d+) packets transmitted, (\d+) received", text)
-    assert found, text
-    assert int(found[1]) > 50
+    with TemporaryFile("w+") as said:  # a pipe that nobody reads would stop ping after some seconds
+        process = frm.popen(["ping", "-n", "-i", "0.01", str(to)], stdout=said)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=20)
+        said.seek(0)
+        text = said.read()
+    answered = [int(number) for number in re.findall(r"icmp_seq=(\d+) ttl=", text)]
+    sent = re.search(r"(\d+) packets transmitted", text)
+    assert sent, text
+    assert len(answered) > 50, text
+    assert answered == list(range(1, len(answered) + 1)), "one was lost, came late or twice"
     # The one in flight when ping was asked to end has no time to come back.
-    assert int(found[1]) - int(found[2]) <= 1, text
+    assert int(sent[1]) - len(answered) <= 1
 
 
 def iperf(server: Container, client: Container, seconds: int = 1) -> float:
