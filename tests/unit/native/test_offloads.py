@@ -216,8 +216,13 @@ def test_the_sender_learns_at_once_that_nobody_has_a_subnet(offloads: bool) -> N
         with inside(Path("/run/netns") / one.netns):
             for name in ("all", "flannel0"):
                 Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("1")
-        with one.socket(socket.SOCK_STREAM) as channel, pytest.raises(OSError, match="unreachable"):
+        with (
+            one.socket(socket.SOCK_STREAM) as channel,
+            pytest.raises(OSError, match="unreachable|not connected"),
+        ):
             channel.connect(("172.17.99.1", 80))
+            # Seen once on a machine with a load of 60: the error came between poll and SO_ERROR, and Python held it for none.
+            channel.getpeername()
         until(lambda: one.plane.counters()["icmp_sent"] == 1)
         assert one.drops() == {"no_route": 1}
 
