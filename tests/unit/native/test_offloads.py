@@ -221,7 +221,7 @@ def test_the_sender_learns_at_once_that_nobody_has_a_subnet(offloads: bool) -> N
             pytest.raises(OSError, match="unreachable|not connected"),
         ):
             channel.connect(("172.17.99.1", 80))
-            # Seen once on a machine with a load of 60: the error came between poll and SO_ERROR, and Python held it for none.
+            # Seen once on a busy machine: the error came between poll and SO_ERROR, and Python held it for none.
             channel.getpeername()
         until(lambda: one.plane.counters()["icmp_sent"] == 1)
         assert one.drops() == {"no_route": 1}
