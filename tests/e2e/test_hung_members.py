@@ -115,6 +115,71 @@ def test_a_member_that_stops_under_a_watch_is_left_within_ten_seconds(three: Clu
         assert not reader.is_alive()
 
 
+class LoadBalancer:
+    """Forwards connections to one place, until it forgets them: they stay open, and nobody hears anything any more."""
+
+    def __init__(self, to: tuple[str, int]) -> None:
+        self._to = to
+        self.forgotten = threading.Event()
+        self.carried = 0
+        self._links: list[socket.socket] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            member = socket.create_connection(self._to)
+            self._links += [client, member]
+            for frm, to in ((client, member), (member, client)):
+                threading.Thread(target=self._carry, args=(frm, to), daemon=True).start()
+
+    def _carry(self, frm: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := frm.recv(65536):
+                if not self.forgotten.is_set():
+                    self.carried += len(data)
+                    to.sendall(data)
+
+    def close(self) -> None:
+        for link in (self._server, *self._links):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+
+
+@pytest.mark.parametrize(("kind", "single"), SERVED, indirect=["single"], scope="module")
+def test_a_watch_whose_connection_a_load_balancer_forgot_goes_on_elsewhere(
+    single: Cluster, kind: str
+) -> None:
+    """flannel.md 11, row 28: there it stays silent for ever."""
+    host, _, port = single.endpoints[0].removeprefix("http://").rpartition(":")
+    with (
+        contextlib.closing(LoadBalancer((host, int(port)))) as balancer,
+        opened(kind, balancer.endpoint, *single.endpoints) as store,
+        opened(kind, *single.endpoints) as other,
+    ):
+        start = other.create(f"/forgot/{kind}/a", b"1", ttl=None)
+        events: list[Event] = []
+        with store.watch(f"/forgot/{kind}/", after=start.revision - 1) as watch:
+            reader = threading.Thread(target=lambda: events.extend(watch))
+            reader.start()
+            until(lambda: Put(start) in events)
+            assert balancer.carried > 0, "the watch goes by way of it"
+            balancer.forgotten.set()
+            begin = time.monotonic()
+            changed = other.replace(start.key, b"2", ttl=None, expected=start.revision)
+            until(lambda: Put(changed) in events, seconds=30)
+            took = time.monotonic() - begin
+            assert took < WATCH + SLACK, f"{took:.1f} s"
+        reader.join(5)
+        assert not reader.is_alive()
+
+
 @pytest.mark.parametrize(("kind", "version"), SERVED)
 def test_an_endpoint_that_comes_back_is_used_within_seconds(
     tmp_path: Path, kind: str, version: Version

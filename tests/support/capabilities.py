@@ -159,6 +159,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "shells": _program("bash", "zsh", "fish"),
     "qemu-user": _program("qemu-x86_64"),
     "openssl": _program("openssl"),
+    "prlimit": _program("prlimit"),
     "apt": _program("apt-get", "apt-cache", "dpkg-source"),
     "binutils": _program("objdump", "readelf"),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -66,7 +65,7 @@ LIARS: dict[str, tuple[Callable[[Request], bytes | Iterator[bytes] | None], str]
 }
 
 
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs the prlimit program")
+@pytest.mark.needs("prlimit")
 @pytest.mark.parametrize("api", ["v3", "v2"])
 @pytest.mark.parametrize("liar", LIARS)
 def test_it_is_named_with_endpoint_and_key_and_ends_with_3(liar: str, api: str) -> None:
