@@ -11,13 +11,17 @@ from flanctl.demo.hosts import Lab
 from tests.support.agents import RunningAgent, flanctl
 from tests.support.etcd import Cluster
 from tests.support.namespaces import inside
+from tests.unit.registry.stores.pki import make_pki, server_context
 from tests.unit.registry.stores.scripted import Request, Scripted, ok
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.needs("root", "netns", "tun", "iptables", "etcd34"), pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.needs("root", "netns", "tun", "iptables", "etcd34", "openssl"),
+    pytest.mark.timeout(180),
+]
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 SUBNETS = "/jxdd/network/subnets/"
@@ -43,6 +47,7 @@ LIARS: dict[str, Callable[[Request], bytes | Iterator[bytes] | None]] = {
     "a redirect": fixed(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"),
     "a body without end": endless,
     "nothing": fixed(None),
+    "TLS where http was written": fixed(ok()),
     "a value that is not base64": fixed(ok(b'{"header":{"revision":"7"},"kvs":[{"key":"!"}]}')),
 }
 
@@ -50,6 +55,7 @@ LIARS: dict[str, Callable[[Request], bytes | Iterator[bytes] | None]] = {
 @pytest.mark.parametrize("api", ["v3", "v2"])
 @pytest.mark.parametrize("liar", LIARS)
 def test_the_good_member_serves_the_agent_and_the_commands(tmp_path: Path, liar: str, api: str) -> None:
+    tls = server_context(make_pki(tmp_path)) if liar.startswith("TLS") else None
     with Lab("liars") as lab:
         host, registry = lab.add_host(), lab.add_host("etcd")
         with (
@@ -61,7 +67,7 @@ def test_the_good_member_serves_the_agent_and_the_commands(tmp_path: Path, liar:
                 prefix=registry.command([]),
             ) as cluster,
             inside(host.path),
-            Scripted(LIARS[liar], close=True) as bad,
+            Scripted(LIARS[liar], close=True, tls=tls) as bad,
         ):
             good = cluster.endpoints[0]
             flanctl(host, good, "net", "init", "--network", "172.17.0.0/16", "--api", api)
