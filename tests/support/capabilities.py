@@ -160,6 +160,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "qemu-user": _program("qemu-x86_64"),
     "openssl": _program("openssl"),
     "prlimit": _program("prlimit"),
+    "cc": _program("cc"),
     "apt": _program("apt-get", "apt-cache", "dpkg-source"),
     "binutils": _program("objdump", "readelf"),
 }
