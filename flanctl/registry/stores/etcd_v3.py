@@ -225,14 +225,20 @@ class EtcdV3Store(abc.ABC):
                 entries.clear()
                 unreadable.clear()
                 continue
+            if page.revision < 1:
+                raise Garbage(f"cannot {deed.what}: etcd answered without a revision")
             revision = revision or page.revision
             for item in page.items:
                 if isinstance(item, Entry):
+                    asked = item.key.startswith(prefix)
                     entries.append(item)
                     size += len(item.value)
                 else:
+                    asked = item.key.startswith(first)
                     unreadable.append(item)
                 size += len(item.key)
+                if not asked:
+                    raise _not_asked(deed, item)
             if not page.last:
                 return Snapshot(tuple(entries), revision, tuple(unreadable))
             if page.last < start or size > MAX_LIST:
@@ -424,6 +430,8 @@ class EtcdV3Store(abc.ABC):
     def _get(self, key: str, deed: Deed) -> Entry | None:
         page = self._told(deed, lambda: self._range(deed, key.encode(), None))
         entry = page.items[0] if page.items else None
+        if entry is not None and entry.key != key:
+            raise _not_asked(deed, entry)
         return entry if isinstance(entry, Entry) else None
 
     def _time_to_live(self, lease: str, deed: Deed) -> tuple[float, int]:
@@ -525,6 +533,11 @@ def prefix_range(prefix: bytes) -> tuple[bytes, bytes]:
     if not stem:
         return prefix or b"\0", b"\0"
     return prefix, stem[:-1] + bytes([stem[-1] + 1])
+
+
+def _not_asked(deed: Deed, item: Entry | Unreadable) -> Garbage:
+    key = item.key if isinstance(item, Entry) else item.key.decode(errors="replace")
+    return Garbage(f'cannot {deed.what}: etcd sent the key "{printable(key[:80])}", which was not asked for')
 
 
 def readable(key: bytes, value: bytes, revision: int, lease: int) -> Entry | Unreadable:

@@ -170,3 +170,17 @@ def test_a_list_without_end_ends_and_a_whole_one_is_read() -> None:
             else:
                 with pytest.raises(FlanctlError, match=words):
                     store.list("/net/subnets/")
+
+
+@pytest.mark.parametrize("call", CALLS[:2])
+def test_a_key_nobody_asked_for_is_refused(call: Callable[[Store], object]) -> None:
+    """Found by the fuzzer: a list of subnets with a key of nobody's in it."""
+    page = pb.RangeResponse(
+        header=pb.ResponseHeader(revision=7), kvs=[kv_pb2.KeyValue(key=b"/elsewhere", mod_revision=7)]
+    )
+    with (
+        liar([page.SerializeToString()] * 3) as endpoint,
+        contextlib.closing(EtcdGrpcStore(parse_endpoints([endpoint]), timeout=5)) as store,
+        pytest.raises(FlanctlError, match='etcd sent the key "/elsewhere", which was not asked for'),
+    ):
+        call(store)
