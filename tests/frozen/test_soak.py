@@ -3,7 +3,7 @@
 Two hosts in user space and two in the kernel. Traffic is a UDP and a TCP stream between two containers of each, pings, and a registry that changes all the time: leases of other
 hosts come and go, so that watches tell, routes change and the peer table is rebuilt. etcd restarts once.
 
-Memory goes up and down by some MB with garbage and buffers: the highest points of two stretches are compared.
+Memory goes up and down by some MB with garbage and buffers: the high points of two stretches are compared.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def measure(pid):
     }
 
 
+def high(series):
+    """As high as it goes, but for one look in fifty: a program that is run just then has pipes."""
+    return sorted(series)[(len(series) - 1) * 49 // 50]
+
+
 def test_agents_under_traffic_stay_as_they_are(tmp_path):
     samples = []
     with contextlib.ExitStack() as stack, Lab("soak") as lab:
@@ -83,7 +88,10 @@ def test_agents_under_traffic_stay_as_they_are(tmp_path):
             ):
                 address = far.address
                 wait_until_reachable(near, address)
-                far.popen(["iperf3", "-s", "-1", "-p", port], stdout=subprocess.DEVNULL)
+                server = far.popen(
+                    ["iperf3", "-s", "-1", "-p", port, "--forceflush"], stdout=subprocess.PIPE, text=True
+                )
+                assert any("listening" in line for line in server.stdout)
                 streams.append(
                     near.popen(
                         [
@@ -124,7 +132,10 @@ def test_agents_under_traffic_stay_as_they_are(tmp_path):
                 cluster.etcdctl("del", "--prefix", "/jxdd/network/subnets/172.17.2")
                 samples.append((round(passed), [measure(agent.pid) for agent in agents]))
             for stream in streams:
-                assert stream.wait(60) == 0, [path.read_text()[-2000:] for path in tmp_path.glob("iperf-*")]
+                assert stream.wait(60) == 0
+            for path in tmp_path.glob("iperf-*"):
+                said = json.loads(path.read_text())
+                assert "error" not in said, said["error"]
             assert all(agent.process.poll() is None for agent in agents)
             counters = [agent.counters() for agent in agents]
             for agent in agents:
@@ -140,4 +151,4 @@ def test_agents_under_traffic_stay_as_they_are(tmp_path):
     for index in range(len(agents)):
         for what, slack in (("rss", 2048), ("anonymous", 2048), ("descriptors", 0), ("threads", 0)):
             series = [sample[index][what] for sample in settled]
-            assert max(series[half:]) <= max(series[:half]) + slack, (f"agent {index}", what, series)
+            assert high(series[half:]) <= high(series[:half]) + slack, (f"agent {index}", what, series)
