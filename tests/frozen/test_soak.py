@@ -21,6 +21,7 @@ import pytest
 from flanctl.demo.hosts import Lab
 from tests.e2e.reachability import wait_until_reachable
 from tests.support.agents import RunningAgent, flanctl
+from tests.support.deadline import until
 from tests.support.etcd import Cluster
 
 SECONDS = float(os.environ.get("FLANCTL_SOAK_SECONDS", "3600"))
@@ -88,10 +89,12 @@ def test_agents_under_traffic_stay_as_they_are(tmp_path):
             ):
                 address = far.address
                 wait_until_reachable(near, address)
-                server = far.popen(
-                    ["iperf3", "-s", "-1", "-p", port, "--forceflush"], stdout=subprocess.PIPE, text=True
+                server = tmp_path / f"server-{number}"
+                far.popen(
+                    ["iperf3", "-s", "-1", "-p", port, "--forceflush"],
+                    stdout=stack.enter_context(server.open("wb")),
                 )
-                assert any("listening" in line for line in server.stdout)
+                until(lambda server=server: "listening" in server.read_text())
                 streams.append(
                     near.popen(
                         [
