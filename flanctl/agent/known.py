@@ -121,7 +121,8 @@ def _parse(document: dict[str, Any]) -> Known:
     api = document.get("api", "")  # version 0.6 did not write it
     peers = []
     for subnet, public_ip, kind, data in document["peers"]:
-        if not isinstance(kind, str | None):
+        # Not numbers: ipaddress takes them for addresses too.
+        if not (isinstance(subnet, str) and isinstance(public_ip, str) and isinstance(kind, str | None)):
             raise TypeError
         peers.append(Peer(IPv4Network(subnet), IPv4Address(public_ip), kind, data))
     if not (

@@ -640,7 +640,7 @@ def test_what_stands_in_our_place_on_the_hook_keeps_it(net: Net) -> None:
     box1, box2 = net.boxes.values()
     assert "a foreign u32 filter (" in one.log_text()
     assert one.ready["data-path"] == "userspace"
-    assert reaches(box1, box2.address)
+    until(lambda: reaches(box1, box2.address), seconds=20, what="the agents know each other")
     assert two.ready["data-path"] == "kernel"
     assert "u32" in filters(host, "eth0", "ingress")
 

@@ -3,6 +3,7 @@
 mod arena;
 mod crash;
 mod parts;
+mod waits;
 
 use parts::Parts;
 use pyembed::{ExtensionModule, MainPythonInterpreter, OxidizedPythonInterpreterConfig};
