@@ -484,6 +484,9 @@ class Agent:
                 self._link_changed = True
             case HostsChanged():
                 return True
+            case LeaseRenewed():
+                self._tell(message)
+                return True  # a kernel path goes on until the lease's end, which is later now
             case Reload():
                 self._log.info(
                     "SIGHUP: device, routes and rules are compared now; settings are read at the start only"

@@ -429,6 +429,20 @@ def test_what_comes_in_place_of_a_stopped_agent_gets_its_datagrams(net: Net) -> 
         until(heard, seconds=20)
 
 
+def test_the_path_lives_on_with_each_renewal_however_seldom_the_agent_looks(net: Net) -> None:
+    options = *TC, "--lease-ttl", "10s", "--iptables-resync", "1h"
+    one, two = net.add(*options), net.add(*options)
+    box1, box2 = net.boxes.values()
+    direct(one, two, box1, box2)
+    for agent in (one, two):
+        until(lambda agent=agent: agent.log_text().count(" renewed ") >= 5, seconds=40)
+    before = kernels(one), kernels(two)
+    assert reaches(box1, box2.address)
+    assert all(
+        new > old for old, new in zip(sum(before, ()), sum((kernels(one), kernels(two)), ()), strict=True)
+    )
+
+
 # ---- the device that receives for us --------------------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ class Backend(Protocol):
     def apply(self, peers: Sequence[Peer], *, look: bool = True) -> ApplyReport:
         """Make kernel and data plane want exactly this, and repair drift. Keeps what failed for the next call.
 
-        Without `look` only the peers need be told: nothing says that the device or its routes have changed.
+        Without `look` only the peers and what was `told` count: nothing says that the device or its routes have changed.
         """
         ...
 

@@ -159,7 +159,7 @@ class KernelSide:
             self._refuse()
             uplinks = self._find_uplinks(peers)
             settings: KernelSettings = {
-                "valid_until": FOREVER if until is None else max(0, int(until * 1e9)),
+                "valid_until": _boot_nanoseconds(until),
                 "tun": device.index,
                 "local": str(self._underlay.address),
                 "port": self._config.udp_port,
@@ -188,12 +188,15 @@ class KernelSide:
         rows: Iterable[tuple[str, int, str]],
         *,
         flanctl: Collection[IPv4Address] | None,
+        until: float | None,
     ) -> None:
         """As `apply`, where nothing but these has changed. Never raises."""
-        if self._path is None or not self.attached:
+        if self._path is None or self._settings is None or not self.attached:
             return
         try:
             self._tell(self._path, peers, rows, flanctl)
+            self._settings = {**self._settings, "valid_until": _boot_nanoseconds(until)}
+            self._path.configure(self._settings)
         except RuntimeError as error:
             self._withdraw(str(error))
 
@@ -443,6 +446,10 @@ class KernelSide:
             self._clean = True
         except (FlanctlError, RuntimeError):
             return  # tried again at the next look; disabled, or past the lease's end, the programs pass everything
+
+
+def _boot_nanoseconds(until: float | None) -> int:
+    return FOREVER if until is None else max(0, int(until * 1e9))
 
 
 def pins_of(network: IPv4Network, bpffs: Path = BPFFS) -> Path:

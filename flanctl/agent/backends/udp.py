@@ -180,7 +180,7 @@ class UdpBackend:
         if not look and why is None and self._found:
             self._tell(self._plane, peers)
             if self._side is not None:
-                self._side.follow(peers, self._words(), flanctl=self._flanctl)
+                self._side.follow(peers, self._words(), flanctl=self._flanctl, until=self._lease_ends)
             return ApplyReport(len(peers), objects=self._found)
         self._found = ()
         link = self._kernel.link(DEVICE)
