@@ -42,7 +42,7 @@ def render(result: dict[str, Any]) -> str:
     if "restart" in result:
         ways = list(result["restart"])
         lines += [
-            f"| agent started again under load: longest pause of a ping every 5 ms, ms | {' | '.join(ways)} |",
+            f"| agent started again: longest pause of a ping every 5 ms, ms | {' | '.join(ways)} |",
             f"| {' | '.join(['---'] * (len(ways) + 1))} |",
             *(
                 f"| after {how} | {' | '.join(_spread(result['restart'][way][how], 0, 1) for way in ways)} |"
