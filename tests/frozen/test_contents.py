@@ -41,6 +41,16 @@ def test_glibc_2_17_is_enough_for_the_program_and_for_cygrpc(cygrpc):
 
 
 @pytest.mark.needs("binutils")
+def test_no_semaphore_is_the_c_librarys():
+    """Its time-outs follow the wall clock, and half of ours with half of its would be none (waits.rs)."""
+    done = subprocess.run(["objdump", "-T", frozen_executable()], capture_output=True, text=True, check=True)
+    ours = {line.split()[-1] for line in done.stdout.splitlines() if " .text\t" in line}
+    theirs = set(re.findall(r"\*UND\*.*\b(sem_\w+)", done.stdout))
+    assert {"sem_init", "sem_post", "sem_timedwait"} <= ours
+    assert theirs == set()
+
+
+@pytest.mark.needs("binutils")
 def test_what_it_needs_of_the_host(cygrpc):
     def needed(path):
         done = subprocess.run(["objdump", "-p", path], capture_output=True, text=True, check=True)
