@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.startup import FROZEN
 from flanctl.demo.hosts import Host, Lab, Namespace
+from flanctl.registry.stores.open import Connection
+from tests.drills.events import RATE, Writer
 from tests.support.agents import FLANCTL, RunningAgent, environment
 from tests.support.etcd import Cluster
 from tests.support.namespaces import inside
@@ -89,6 +91,8 @@ def measure(folder: Path, rounds: int, seconds: int) -> dict[str, Any]:
             agent.wait_log("packets go on flowing")
             found["etcd_down_percent"] = cpu_percent(agent, seconds)
             agent.terminate()
+        with registry(lab, folder / "etcd") as etcd:
+            found["storm_percent"] = storm(one, two, folder, etcd, seconds)
         with registry(lab, folder / "etcd") as etcd:
             url = ",".join(etcd.endpoints)
             net_init(lab.underlay, url)
@@ -259,6 +263,21 @@ def cpu_percent(agent: RunningAgent, seconds: int) -> float:
     return (used() - before) / (time.monotonic() - began) * 100
 
 
+def storm(one: Host, two: Host, folder: Path, etcd: Cluster, seconds: int) -> float:
+    """An agent's CPU while fifty changes a second come: subnets added, moved to another host, removed. No packets flow."""
+    url = ",".join(etcd.endpoints)
+    net_init(one, url)
+    agent = RunningAgent.start(one, folder / "storm", url, "--iface", "eth0").wait()
+    names = [key(lease(number)[0]) for number in range(AGENTS)]
+    with Writer(two, Connection((url,)), names) as writer:
+        writer.go_on(10 * RATE)  # the agent acts upon the first fifty at once
+        before = writer.written
+        used = cpu_percent(agent, seconds)
+        assert writer.written - before >= 0.9 * RATE * seconds
+    agent.terminate()
+    return used
+
+
 def resident_mb(agent: RunningAgent) -> float:
     status = Path(f"/proc/{agent.pid}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+)", status)
@@ -321,6 +340,7 @@ def render(result: dict[str, Any]) -> str:
         (f"one event at {MANY:,} leases: write to first packet, ms", _spread(result["event_ms"], 1), "50"),
         (f"idle CPU at {MANY:,} leases, % of a core", f"{result['idle_percent']:.2f}", "0.5"),
         ("the same, etcd down", f"{result['etcd_down_percent']:.2f}", "1"),
+        ("CPU following fifty changes a second, % of a core", f"{result['storm_percent']:.2f}", "2"),
         (f"resident memory at {MANY:,} leases, MB", f"{result['resident_mb']:.0f}", ""),
         (f"{AGENTS} agents at once: exec to the last READY, s", _spread(result["fifty_seconds"], 1), "15"),
         (f"`subnets ls --no-ttl` of {LISTED:,}, s", _spread(mine, 2), ""),

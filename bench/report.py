@@ -57,7 +57,7 @@ def render(result: dict[str, Any]) -> str:
             "| --- | --- |",
             f"| exec to READY, seconds | {_spread(agent['ready_seconds'], 2, 1)} |",
             f"| idle CPU, percent of a core | {agent['idle_cpu_percent']:.2f} |",
-            f"| resident memory, MB (gRPC) | {agent['resident_mb']:.0f} |",
+            f"| resident memory, MB | {agent['resident_mb']:.0f} |",
             f"| threads | {agent['threads']} |",
             "",
         ]

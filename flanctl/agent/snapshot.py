@@ -75,7 +75,7 @@ STALLED, STALLED_STARTING = 60.0, 600.0
 (observer.py), and iptables, the slowest thing it waits for, takes 3 at most; the start waits for the registry as long
 as --timeout says, several times over."""
 WATCH_OLD = 120.0
-"""Seconds without a word from the watch; gRPC asks for one every 20."""
+"""Seconds without a word from the watch: over HTTP its member is asked every 3, gRPC asks every 20."""
 SHOWN = 100
 """Problems in a document: a registry with 5,000 bad keys must not make an answer of megabytes."""
 

@@ -48,7 +48,7 @@ def start(settings: Settings, *, log: Log, check: bool = False, patient: bool = 
     if not check:
         # Which of three members answers, and by which API, can take longer than a short TimeoutStartSec= allows.
         notify.waiting(f"asking the registry at {settings.shown('endpoints')}", seconds=FIRST_ASK_SECONDS)
-    with session(settings, prefer="grpc", create=not check, patient=not check, say=say) as registry:
+    with session(settings, create=not check, patient=not check, say=say) as registry:
         daemon = Agent(
             options,
             store=registry.store,

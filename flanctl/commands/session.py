@@ -6,7 +6,7 @@ with session() as registry:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from flanctl.commands import output
 from flanctl.commands.options import debugging, settings
@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Session", "both_apis", "connection", "dialect_of", "session"]
 
 
-def session(
-    chosen: Settings | None = None, *, prefer: Literal["gateway", "grpc"] = "gateway", create: bool = False
-) -> AbstractContextManager[Session]:
+def session(chosen: Settings | None = None, *, create: bool = False) -> AbstractContextManager[Session]:
     """Open the registry of `chosen`, else of the running command; making it (a file) only with `create`."""
-    return registry.session(chosen or settings(), prefer=prefer, create=create, say=_say)
+    return registry.session(chosen or settings(), create=create, say=_say)
 
 
 def both_apis(to_endpoints: tuple[str, ...] = ()) -> AbstractContextManager[tuple[Session, Session]]:

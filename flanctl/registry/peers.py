@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 RELIST_SECONDS = 600.0
 FIRST_RETRY, LAST_RETRY = 0.1, 5.0
 GRACE_SECONDS = 2.0
+TEND_SECONDS = 0.25
+"""Kept leases whose time is over are forgotten at most so often: many together where many end."""
 DOUBT_SECONDS = 600.0
 DOUBT_RELIST = 30.0
 """Seconds to the next list while we doubt the last."""
@@ -113,6 +115,8 @@ class Follower:
         self._doubt: str | None = None
         self._listed = False
         self._marked = False
+        self._tends_at = math.inf
+        """When kept leases are looked at next, unless something stirs."""
         self._watch: Watch | None = None
 
     def table(self) -> LeaseTable:
@@ -282,13 +286,14 @@ class Follower:
                 for key in ended:
                     del self._kept[key]
                 next_end = min((until for _, until in self._kept.values()), default=relist)
+                self._tends_at = max(min(relist, next_end), now + TEND_SECONDS)
             if ended:
                 self._mark()
             if now >= relist:
                 watch.close()
                 return
             if not over.is_set():
-                self._clock.wait(self._stir, max(0.0, min(relist, next_end) - now))
+                self._clock.wait(self._stir, max(0.0, self._tends_at - now))
 
     def _take(self, event: Event) -> bool:
         """True if what is known changed. A renewal that writes the same value anew changes nothing for us."""
@@ -317,8 +322,10 @@ class Follower:
             last_said = self._last_said(key)
             gone = self._known.pop(key, None)
             if gone is not None and last_said is not None:
-                self._kept[key] = last_said, self._clock.now() + GRACE_SECONDS
-                self._stir.set()
+                until = self._clock.now() + GRACE_SECONDS
+                self._kept[key] = last_said, until
+                if until < self._tends_at:
+                    self._stir.set()
             return gone is not None
 
     def _last_said(self, key: str) -> Lease | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from flanctl.errors import NotFound, NotPermitted, RegistryUnreachable, UsageError
 from flanctl.model.dialect import Dialect
@@ -67,7 +67,6 @@ class Session:
 def session(
     settings: Settings,
     *,
-    prefer: Literal["gateway", "grpc"] = "gateway",
     create: bool = False,
     patient: bool = False,
     say: Callable[[str, bool], None] = unheard,
@@ -84,7 +83,7 @@ def session(
     how = connection(settings, say, () if domain is None else (domain,))
 
     def opened(how: Connection) -> Store:
-        return open_store(how, prefer=prefer, create=create, key=config_key(prefix), say=say)
+        return open_store(how, create=create, key=config_key(prefix), say=say)
 
     if domain is None:
         store = opened(how)
@@ -130,8 +129,8 @@ def both_apis(
         raise UsageError("a file has neither etcd v2 nor v3", hint="--endpoints with the URLs of an etcd")
     there = replace(how, api="v3", endpoints=to_endpoints or how.endpoints)
     with (
-        closing(open_store(replace(how, api="v2"), prefer="gateway")) as v2,
-        closing(open_store(there, prefer="gateway", say=say)) as v3,
+        closing(open_store(replace(how, api="v2"))) as v2,
+        closing(open_store(there, say=say)) as v3,
     ):
         try:
             yield Session(settings, v2, prefix, Dialect.V0_7), Session(settings, v3, prefix, Dialect.V0_28)

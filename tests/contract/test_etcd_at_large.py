@@ -131,7 +131,7 @@ def test_a_server_certificate_that_is_for_servers_only_leaves_grpc(tmp_path: Pat
             cert=str(files.client[0]),
             key=str(files.client[1]),
         )
-        store = open_store(connection, prefer="gateway", say=lambda sentence, _: said.append(sentence))
+        store = open_store(connection, say=lambda sentence, _: said.append(sentence))
         with contextlib.closing(store):
             entry = store.create("/a/b", b"v", ttl=60)
             assert store.name == EtcdGrpcStore.name
@@ -161,7 +161,7 @@ def test_a_login_by_the_certificates_name_leaves_grpc(tmp_path: Path, version: V
             cert=str(files.client[0]),
             key=str(files.client[1]),
         )
-        with contextlib.closing(open_store(connection, prefer="gateway")) as store:
+        with contextlib.closing(open_store(connection)) as store:
             assert store.create("/a/b", b"v", ttl=None)
             assert store.name == EtcdGrpcStore.name
 
@@ -176,7 +176,7 @@ CONFIG = b'{"Network":"10.5.0.0/16"}'
 
 
 def written(cluster: Cluster, api: Literal["v2", "v3"], prefix: str) -> None:
-    with contextlib.closing(open_store(Connection(cluster.endpoints, api=api), prefer="gateway")) as store:
+    with contextlib.closing(open_store(Connection(cluster.endpoints, api=api))) as store:
         store.create(f"{prefix}/config", CONFIG, ttl=None)
 
 

@@ -689,13 +689,13 @@ def test_an_etcd_without_its_gateway_is_served_by_grpc(tmp_path: Path, prefix: s
     """Both ways into it: a call that finds the gateway off, and a watch that does."""
     with Cluster(version, folder=tmp_path, extra=["--enable-grpc-gateway=false"]) as cluster:
         connection = Connection(cluster.endpoints)
-        with contextlib.closing(open_store(connection, prefer="gateway")) as store:
+        with contextlib.closing(open_store(connection)) as store:
             assert "HTTP" in store.name
             created = store.create(prefix + "a", b"1", ttl=LONG)
             assert "gRPC" in store.name
             assert timeless(store.get(prefix + "a")) == timeless(created)
         with (
-            contextlib.closing(open_store(connection, prefer="gateway")) as store,
+            contextlib.closing(open_store(connection)) as store,
             Reader(store.watch(prefix, after=created.revision - 1)) as reader,
         ):
             assert reader.wait_for(1) == [Put(timeless(created))]

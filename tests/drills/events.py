@@ -103,7 +103,7 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            with inside(self._host.path), closing(open_store(self._connection, prefer="gateway")) as store:
+            with inside(self._host.path), closing(open_store(self._connection)) as store:
                 due = last = time.monotonic()
                 steps = self._steps(store)
                 while not self._stop.wait(max(0.0, due - time.monotonic())):

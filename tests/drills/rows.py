@@ -55,6 +55,10 @@ NOTES = {
 
 TITLES = {
     "leader-killed": ("leader killed", "杀死 leader"),
+    "leader-killed-grpc": (
+        "leader killed; no JSON gateway, all by gRPC",
+        "杀死 leader;JSON 网关关闭,全部走 gRPC",
+    ),
     "follower-killed": ("followers killed, one after the other", "依次杀死各 follower"),
     "member-frozen": ("each member frozen (SIGSTOP)", "依次冻结各成员(SIGSTOP)"),
     "quorum-lost": ("quorum lost for a minute", "失去多数派一分钟"),

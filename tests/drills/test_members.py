@@ -25,6 +25,20 @@ def test_a_killed_leader_costs_no_packet_and_no_event(field: Field) -> None:
             measured.recovered()
 
 
+@drill("leader-killed-grpc", short=["3.4", "3.7"])
+def test_where_the_json_gateway_is_off_a_killed_leader_costs_nothing_either(field: Field) -> None:
+    field.start(extra=["--enable-grpc-gateway=false"])
+    for agent in field.agents:
+        agent.wait_log("gRPC is taken")
+    with field.measuring() as measured:
+        leader = field.cluster.leader()
+        measured.hurt()
+        field.cluster.kill(leader)
+        measured.recovered()
+        field.cluster.restart(leader)
+        measured.recovered()
+
+
 @drill("follower-killed")
 def test_a_killed_follower_costs_no_packet_and_no_event(field: Field) -> None:
     field.start()

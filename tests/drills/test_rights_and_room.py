@@ -458,7 +458,7 @@ def test_hosts_on_v3_stay_there_beside_an_old_network_in_v2_through_an_outage_an
         for number in range(len(field.agents)):
             measured.end_agent(number)
             measured.note(ready_seconds=measured.start_agent(number))
-            field.agents[number].wait_log("etcd v3 over gRPC is taken: this host's lease is there")
+            field.agents[number].wait_log("etcd v3 over HTTP is taken: this host's lease is there")
         field.lasting(full=30, short=1)
         measured.hurt()
         field.cluster.restart(0, 1, 2)

@@ -300,7 +300,7 @@ def test_hosts_move_one_by_one_and_no_packet_is_lost(tmp_path: Path) -> None:
             pings = [RunningPing(ends[a], ends[b].address) for a, b in ((0, 1), (1, 2), (2, 0))]
             for number, agent in enumerate(agents, 1):
                 agent.process.send_signal(signal.SIGHUP)
-                agent.wait_log("moved to etcd v3 over gRPC")
+                agent.wait_log("moved to etcd v3 over HTTP")
                 until(
                     lambda now=number: f"{now} of 3 leases are kept in v3" in said(),
                     seconds=30,

@@ -123,7 +123,7 @@ def in_host(host, *words):
 
 
 @pytest.mark.needs("etcd34")
-def test_without_libstdcxx_the_agent_goes_over_the_gateway_and_says_so(bare, tmp_path):
+def test_without_libstdcxx_all_works_over_the_gateway_and_where_that_is_off_it_is_named(bare, tmp_path):
     log = tmp_path / "log"
     with Lab("bare") as lab:
         host = lab.add_host()
@@ -135,10 +135,21 @@ def test_without_libstdcxx_the_agent_goes_over_the_gateway_and_says_so(bare, tmp
                 in_host(host, *bare.command("flanctl", *words, "--endpoints", endpoint))
             process = start(host, bare, log, endpoint)
             wait_ready(process, log)
-            said = [line for line in log.read_text().splitlines() if "libstdc++" in line]
-            assert len(said) == 1, log.read_text()
-            assert "gRPC cannot be loaded" in said[0]
-            assert "over HTTP" in said[0]
             process.terminate()
             assert process.wait(10) == 0, log.read_text()
+            assert "libstdc++" not in log.read_text()
+        with Cluster(
+            "3.4",
+            folder=tmp_path / "off",
+            host=str(host.address),
+            prefix=host.command([]),
+            extra=["--enable-grpc-gateway=false"],
+        ) as cluster:
+            ask = bare.command("flanctl", "capacity", "--endpoints", cluster.endpoints[0])
+            done = subprocess.run(
+                host.command(ask), env=ENVIRONMENT, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 4, done
+            assert "JSON gateway is off" in done.stderr
+            assert "gRPC cannot be loaded (libstdc++.so.6" in done.stderr
     assert "Traceback" not in log.read_text()

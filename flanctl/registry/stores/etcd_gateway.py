@@ -94,6 +94,8 @@ class EtcdGatewayStore(EtcdV3Store):
     ) -> None:
         super().__init__(endpoints, timeout=timeout, user=user, password=password)
         self._http = http.Transport(endpoints, timeout=timeout, cacert=cacert, cert=cert, key=key)
+        if any(endpoint.scheme == "https" for endpoint in endpoints):
+            self._http.tls.look()  # files that cannot be used are no trouble of the registry's, which an agent waits out
         self._base = "/v3"
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""etcd v3 over gRPC, with etcd3's stubs over channels of our own: what the agent uses.
+"""etcd v3 over gRPC, with etcd3's stubs over channels of our own: for where the JSON gateway is off.
 
     store = EtcdGrpcStore(parse_endpoints(["http://192.168.6.15:2379"]))
     store.list("/jxdd/network/subnets/")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flanctl.errors import FlanctlError, Invalid, NotPermitted, RegistryUnreachable
 from flanctl.registry.stores import http
-from flanctl.registry.stores.http_watch import PROBE_WAIT, HttpWatch
+from flanctl.registry.stores.http_watch import GATHER, PROBE_WAIT, HttpWatch
 from flanctl.registry.stores.store import Changed, Entry, Forgotten, KeyExists, Snapshot, Unreadable
 from flanctl.registry.stores.watch import Change, ResumingWatch
 from flanctl.text import printable
@@ -433,7 +433,11 @@ class V2Watch(HttpWatch):
                 stream.close()
             return None
         self._take(())
-        if 0 < (index := _index(stream.headers)) < self._last and self._behind(index):
+        index = _index(stream.headers)
+        self._gather = (
+            GATHER if index <= self._last else 0.0
+        )  # what happened since we asked last is not waited for
+        if 0 < index < self._last and self._behind(index):
             stream.close()
             return None
         return stream

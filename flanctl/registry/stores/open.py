@@ -1,6 +1,6 @@
 """From settings to an open store: the one place that knows which stores there are.
 
-    store = open_store(Connection(("http://192.168.6.15:2379",)), prefer="gateway")
+    store = open_store(Connection(("http://192.168.6.15:2379",)))
 
 Nothing heavy is imported before it is known to be needed: a command on a file loads no HTTP, one over HTTP no gRPC.
 """
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from flanctl.registry.stores.store import Store
 
 Api = Literal["auto", "v2", "v3"]
-Prefer = Literal["gateway", "grpc"]
 
 _SQLITE = "sqlite:"
 
@@ -50,15 +49,14 @@ def unheard(sentence: str, warning: bool) -> None:
 def open_store(
     connection: Connection,
     *,
-    prefer: Prefer,
     create: bool = True,
     key: str | None = None,
     say: Callable[[str, bool], None] = unheard,
 ) -> Store:
     """The store the endpoints name. For etcd no connection is made yet; a file is opened at once.
 
-    `sqlite:PATH` alone is a file. Anything else is etcd. Its v3 API is asked by the JSON gateway (quick to start, falls
-    back to gRPC where the gateway is off) or by gRPC (for who stays; the gateway if the libraries are missing).
+    `sqlite:PATH` alone is a file. Anything else is etcd. Its v3 API is asked by the JSON gateway, and by gRPC where the
+    gateway is off (docs/decisions/0022).
     With api `auto` the first question decides for v3 or v2, by which of them holds `key`, the network's config.
     `say(sentence, warning)` is told which way was taken and why.
     `create=False` is for who only asks: a file that is not there is NotFound then, and a slip of the pen makes none.
@@ -75,7 +73,7 @@ def open_store(
     endpoints = parse_endpoints(connection.endpoints)
     if connection.api == "v2":
         return _open_v2(endpoints, connection)
-    v3 = _open_v3(endpoints, connection, prefer, say)
+    v3 = _open_v3(endpoints, connection, say)
     if connection.api == "v3" or key is None:
         return v3
 
@@ -89,7 +87,7 @@ def holds(connection: Connection, api: Api, key: str) -> bool:
     from dataclasses import replace
 
     short = replace(connection, api=api, timeout=min(LOOK_SECONDS, connection.timeout))
-    store = open_store(short, prefer="gateway", create=False, key=key)
+    store = open_store(short, create=False, key=key)
     try:
         return store.get(key) is not None
     except FlanctlError:
@@ -99,15 +97,8 @@ def holds(connection: Connection, api: Api, key: str) -> bool:
 
 
 def _open_v3(
-    endpoints: Sequence[Endpoint], connection: Connection, prefer: Prefer, say: Callable[[str, bool], None]
+    endpoints: Sequence[Endpoint], connection: Connection, say: Callable[[str, bool], None]
 ) -> Store:
-    if prefer == "grpc":
-        try:
-            return _open_grpc(endpoints, connection)
-        except GrpcMissing as missing:
-            say(f"{missing.message}; the registry is asked over HTTP", True)
-            return _open_gateway(endpoints, connection)
-
     from flanctl.registry.stores.switching import FallbackStore
 
     return FallbackStore(_open_gateway(endpoints, connection), lambda: _open_grpc(endpoints, connection), say)

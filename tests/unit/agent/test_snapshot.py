@@ -37,7 +37,7 @@ READY = replace(
     state="ready",
     place=PLACE,
     lease=HeldLease(SUBNET, ends=87400.0, ttl=86400.0, renewed=1000.0, revision=12),
-    registry="etcd v3 over gRPC at http://192.168.6.15:2379",
+    registry="etcd v3 over HTTP at http://192.168.6.15:2379",
     answered=1000.0,
     watched=1000.0,
     revision=48211,

@@ -40,7 +40,7 @@ READY = Snapshot(
     lease=HeldLease(
         IPv4Network("172.17.41.0/24"), NOW.boot + 19 * 3600 + 730, 86400.0, NOW.boot - 4 * 3600 - 48 * 60, 12
     ),
-    registry="etcd v3 over gRPC at http://192.168.6.15:2379",
+    registry="etcd v3 over HTTP at http://192.168.6.15:2379",
     answered=NOW.boot - 6,
     watched=NOW.boot - 6,
     revision=48211,
@@ -121,7 +121,7 @@ def test_the_screen_of_a_ready_host(host):
     assert lines(answer) == [
         "node1  ready  172.17.41.0/24 of 172.17.0.0/16  udp/userspace  mtu 1472  since 3d4h",
         "ok    lease      172.17.41.0/24 for 192.168.6.2, 19h12m left, renewed 4h48m ago",
-        "ok    registry   etcd v3 over gRPC at http://192.168.6.15:2379, watch at revision 48211, last word 6s ago",
+        "ok    registry   etcd v3 over HTTP at http://192.168.6.15:2379, watch at revision 48211, last word 6s ago",
         "ok    peers      3 known; routes 1 of 1, rule chains 2 of 2",
         "ok    data       userspace path; 1.2M packets out, 1.1M in, 0 dropped in the last 1m",
         "ok    subnet.env 172.17.41.1/24, mtu 1472",
@@ -135,8 +135,8 @@ def test_the_age_on_the_screen_is_the_watchs_own_though_other_requests_are_answe
 
 def test_which_api_was_taken_and_why_is_on_the_screen_and_in_json(host):
     why = "both hold /jxdd/network/config"
-    answer = host.agent(replace(READY, registry=f"etcd v3 over gRPC at http://m:2379 ({why})")).status()
-    assert f"ok    registry   etcd v3 over gRPC at http://m:2379 ({why}), watch at" in answer.out
+    answer = host.agent(replace(READY, registry=f"etcd v3 over HTTP at http://m:2379 ({why})")).status()
+    assert f"ok    registry   etcd v3 over HTTP at http://m:2379 ({why}), watch at" in answer.out
     document = json.loads(host.status("-w", "json").out)
     assert document["registry"]["store"].endswith(f"({why})")
 

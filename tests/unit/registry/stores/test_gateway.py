@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import queue
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -322,9 +323,13 @@ def test_a_watch_nobody_serves_raises_after_the_timeout_and_may_be_asked_again()
             assert caught.value.message.startswith("cannot watch /: the only endpoint did not answer in 0.4s")
 
 
-def chunked(*messages: object) -> bytes:
+def chunk(*messages: object) -> bytes:
     body = b"".join(json.dumps(message).encode() + b"\n" for message in messages)
-    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body)
+    return b"%x\r\n%s\r\n" % (len(body), body)
+
+
+def chunked(*messages: object) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(*messages)
 
 
 def result(**fields: object) -> dict[str, object]:
@@ -351,6 +356,35 @@ def test_a_watch_resumes_after_what_it_has_seen_and_hands_nothing_out_twice() ->
     assert found == [
         Put(Entry("/a", b"", 6)), Put(Entry("/b", b"", 6)), Put(Entry("/c", b"", 8)), Delete("/a", 9),
     ]  # fmt: skip
+
+
+def test_changes_that_follow_one_another_are_read_together_and_what_is_there_is_never_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    more: queue.SimpleQueue[range] = queue.SimpleQueue()
+
+    def answer(_: Request) -> Iterator[bytes]:
+        yield chunked(result(created=True))
+        while revisions := more.get():
+            chunks = [chunk(result(events=[put("/a", revision)])) for revision in revisions]
+            yield b"".join(chunks)
+
+    def pause(seconds: float, _: int) -> None:
+        pauses.append(seconds)
+        more.put(range(56, 60))  # what comes meanwhile
+
+    monkeypatch.setattr(http_watch, "GATHER", 60.0)
+    monkeypatch.setattr(http_watch.http, "sleep", pause)
+    with Scripted(answer) as server, opened(local(server)) as store, store.watch("/", after=5) as watch:
+        more.put(range(6, 56))
+        found = list(itertools.islice(watch, 50))
+        assert pauses == []
+        found += itertools.islice(watch, 4)
+        assert 0 < pauses[0] <= 60
+        assert len(pauses) == 1
+        more.put(range(0))
+    assert [event.entry.revision for event in found if isinstance(event, Put)] == list(range(6, 60))
 
 
 @pytest.mark.parametrize(

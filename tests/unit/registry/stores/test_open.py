@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,26 +25,23 @@ if TYPE_CHECKING:
 
     from flanctl.registry.stores.store import Store
 
-PREFERENCES: tuple[Literal["gateway", "grpc"], ...] = ("gateway", "grpc")
-
 
 class TestChoice:
-    @pytest.mark.parametrize("prefer", PREFERENCES)
-    def test_sqlite_names_a_file(self, tmp_path: Path, prefer: Literal["gateway", "grpc"]) -> None:
+    def test_sqlite_names_a_file(self, tmp_path: Path) -> None:
         connection = Connection((f"sqlite:{tmp_path}/r, 1.db",))
-        with contextlib.closing(open_store(connection, prefer=prefer)) as store:
+        with contextlib.closing(open_store(connection)) as store:
             assert isinstance(store, SqliteStore)
             assert store.describe().endswith(f"{tmp_path}/r, 1.db")
 
     def test_the_files_errors_come_at_once(self, tmp_path: Path) -> None:
         with pytest.raises(NotFound, match="no directory"):
-            open_store(Connection((f"sqlite:{tmp_path}/none/r.db",)), prefer="gateway")
+            open_store(Connection((f"sqlite:{tmp_path}/none/r.db",)))
 
     @pytest.mark.parametrize(
         "endpoint", ["http://127.0.0.1:2379", "https://etcd-1:2379", "etcd-1", "[::1]:2379"]
     )
     def test_anything_else_is_etcd_and_connects_to_nobody_yet(self, endpoint: str) -> None:
-        with contextlib.closing(open_store(Connection((endpoint,)), prefer="gateway")) as store:
+        with contextlib.closing(open_store(Connection((endpoint,)))) as store:
             assert isinstance(store, FallbackStore)
             assert store.name == EtcdGatewayStore.name
 
@@ -62,12 +59,9 @@ class TestChoice:
             (("http://a", "unix:///run/etcd"), "unix:///run/etcd"),
         ],
     )
-    @pytest.mark.parametrize("prefer", PREFERENCES)
-    def test_nonsense_is_refused_by_name(
-        self, endpoints: tuple[str, ...], words: str, prefer: Literal["gateway", "grpc"]
-    ) -> None:
+    def test_nonsense_is_refused_by_name(self, endpoints: tuple[str, ...], words: str) -> None:
         with pytest.raises(UsageError, match=words):
-            open_store(Connection(endpoints), prefer=prefer)
+            open_store(Connection(endpoints))
 
     @pytest.mark.parametrize(
         "error",
@@ -79,7 +73,7 @@ class TestChoice:
         ],
         ids=lambda error: type(error).__name__,
     )
-    def test_where_grpc_cannot_be_loaded_the_agent_takes_the_gateway_and_says_so_in_one_line(
+    def test_that_grpc_cannot_be_loaded_is_said_with_the_reason(
         self, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
         class Broken:
@@ -91,12 +85,9 @@ class TestChoice:
 
         monkeypatch.delitem(sys.modules, "flanctl.registry.stores.etcd_grpc", raising=False)
         monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-        said: list[tuple[str, bool]] = []
-        with contextlib.closing(
-            open_store(Connection(("http://a",)), prefer="grpc", say=lambda *words: said.append(words))
-        ) as store:
-            assert isinstance(store, EtcdGatewayStore)
-        assert said == [(f"gRPC cannot be loaded ({error}); the registry is asked over HTTP", True)]
+        with pytest.raises(opening.GrpcMissing) as caught:
+            opening._open_grpc((), Connection(("http://a",)))
+        assert caught.value.message == f"gRPC cannot be loaded ({error})"
 
     def test_a_password_is_never_shown(self) -> None:
         connection = Connection(("http://a",), user="root", password="hunter2")
@@ -121,12 +112,12 @@ class TestImports:
 
     def test_a_file_loads_only_sqlite(self, tmp_path: Path) -> None:
         code = "from flanctl.registry.stores.open import *\n"
-        code += f"open_store(Connection(('sqlite:{tmp_path}/r.db',)), prefer='gateway').get('/a')"
+        code += f"open_store(Connection(('sqlite:{tmp_path}/r.db',))).get('/a')"
         assert loaded(code) == {"sqlite3"}
 
     def test_the_gateway_loads_no_grpc_and_over_http_no_ssl(self) -> None:
         code = "from flanctl.registry.stores.open import *\n"
-        code += "open_store(Connection(('http://127.0.0.1:1',)), prefer='gateway')"
+        code += "open_store(Connection(('http://127.0.0.1:1',)))"
         assert not loaded(code) & {"grpc", "etcd3", "google.protobuf", "ssl", "sqlite3", "asyncio", "logging"}
 
 
