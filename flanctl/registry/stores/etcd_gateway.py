@@ -36,6 +36,7 @@ from flanctl.registry.stores.etcd_v3 import (
     Txn,
     V3Watch,
     cancelled,
+    page_of,
     prefix_range,
     readable,
 )
@@ -120,9 +121,8 @@ class EtcdGatewayStore(EtcdV3Store):
             question["revision"] = str(revision)
 
         def parse(answer: Message, _: bool) -> Page:
-            kvs = _items(answer, "kvs")
-            last = _bytes(kvs[-1], "key") if kvs and answer.get("more") else b""
-            return Page(tuple(_entry(kv) for kv in kvs), last, _revision(answer))
+            found = map(_raw, _items(answer, "kvs"))
+            return page_of(found, start, end, more=bool(answer.get("more")), revision=_revision(answer))
 
         return self._call("kv/range", question, deed, parse)
 
@@ -431,8 +431,12 @@ def _revision(answer: Mapping[str, Any]) -> int:
     return revision
 
 
+def _raw(kv: Mapping[str, Any]) -> tuple[bytes, bytes, int, int]:
+    return _bytes(kv, "key"), _bytes(kv, "value"), _int(kv, "mod_revision"), _int(kv, "lease")
+
+
 def _entry(kv: Mapping[str, Any]) -> Entry | Unreadable:
-    return readable(_bytes(kv, "key"), _bytes(kv, "value"), _int(kv, "mod_revision"), _int(kv, "lease"))
+    return readable(*_raw(kv))
 
 
 def _current(answer: Mapping[str, Any]) -> Entry | None:

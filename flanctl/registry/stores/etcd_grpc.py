@@ -40,11 +40,13 @@ from flanctl.registry.stores.etcd_v3 import (
     UNKNOWN,
     Deed,
     EtcdV3Store,
+    Garbage,
     Page,
     Refused,
     Txn,
     V3Watch,
     cancelled,
+    page_of,
     prefix_range,
     readable,
 )
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+T = TypeVar("T")
 
 PROGRESS_FIRST, PROGRESS_SECONDS = 1.0, 20.0
 """When a watch first asks etcd for a sign of life, and how often from then on."""
@@ -202,9 +205,14 @@ class EtcdGrpcStore(EtcdV3Store):
         self, deed: Deed, start: bytes, end: bytes | None, *, limit: int = 0, revision: int = 0
     ) -> Page:
         request = pb.RangeRequest(key=start, range_end=end or b"", limit=limit, revision=revision)
-        answer, _ = self._call(lambda member: member.kv.Range, request, deed)
-        last = answer.kvs[-1].key if answer.kvs and answer.more else b""
-        return Page(tuple(_entry(kv) for kv in answer.kvs), last, answer.header.revision)
+
+        def parse(answer: pb.RangeResponse) -> Page:
+            found = ((kv.key, kv.value, kv.mod_revision, kv.lease) for kv in answer.kvs)
+            return page_of(found, start, end, more=answer.more, revision=answer.header.revision)
+
+        return self._logged_in(
+            deed, lambda token: self._round(lambda member: member.kv.Range, request, token, deed, parse)
+        )[0]
 
     def _put(self, deed: Deed, key: bytes, value: bytes, lease: int, expected: int) -> Txn:
         put = pb.PutRequest(key=key, value=value, lease=lease)
@@ -249,7 +257,7 @@ class EtcdGrpcStore(EtcdV3Store):
 
     def _authenticate(self, deed: Deed, user: str, password: str, cancel: int) -> str:  # noqa: ARG002  no descriptor
         request = pb.AuthenticateRequest(name=user, password=password)
-        return self._round(lambda member: member.auth.Authenticate, request, None, deed)[0].token
+        return self._round(lambda member: member.auth.Authenticate, request, None, deed, _as_it_is)[0].token
 
     def _out_of_space(self, deed: Deed) -> Sequence[int]:
         request = pb.AlarmRequest(action=pb.AlarmRequest.GET)
@@ -328,12 +336,19 @@ class EtcdGrpcStore(EtcdV3Store):
 
     def _call(self, method: Callable[[_Member], pb.Unary[Q, A]], request: Q, deed: Deed) -> tuple[A, bool]:
         """One request with its answer, and whether an earlier try of it may have been carried out."""
-        return self._logged_in(deed, lambda token: self._round(method, request, token, deed))
+        return self._logged_in(deed, lambda token: self._round(method, request, token, deed, _as_it_is))
 
     def _round(
-        self, method: Callable[[_Member], pb.Unary[Q, A]], request: Q, token: str | None, deed: Deed
-    ) -> tuple[A, bool]:
+        self,
+        method: Callable[[_Member], pb.Unary[Q, A]],
+        request: Q,
+        token: str | None,
+        deed: Deed,
+        parse: Callable[[A], T],
+    ) -> tuple[T, bool]:
         """Ask one endpoint after the other, from the one that answered last, each with its share of the time.
+
+        An answer that `parse` calls Garbage is none.
 
         Goes round again while an endpoint may come back; where all refuse the connection nothing is waited for.
         """
@@ -352,6 +367,7 @@ class EtcdGrpcStore(EtcdV3Store):
                 share = http.patience(left, count, tried, endpoint)
                 try:
                     answer = method(self.member(endpoint))(request, timeout=share, metadata=_metadata(token))
+                    parsed = parse(answer)
                 except grpc.RpcError as error:
                     refusal = self.judge(error, share)
                     http.note(refusals, endpoint, refusal)
@@ -359,11 +375,14 @@ class EtcdGrpcStore(EtcdV3Store):
                         self._leave(endpoint)
                     again = again or refusal.again
                     unsure = unsure or refusal.unsure
+                except Garbage as error:
+                    http.note(refusals, endpoint, http.Refusal(error.message, unsure=True))
+                    unsure = True
                 except ValueError as error:  # gRPC: "Cannot invoke RPC on closed channel!"
                     raise RegistryUnreachable("the connection to etcd has been closed") from error
                 else:
                     self._good = endpoint
-                    return answer, unsure
+                    return parsed, unsure
                 with self.lock:
                     if self._turn == turn:
                         self._turn = turn + 1
@@ -535,6 +554,10 @@ class GrpcWatch(V3Watch):
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.end()
+
+
+def _as_it_is(answer: A) -> A:
+    return answer
 
 
 def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:

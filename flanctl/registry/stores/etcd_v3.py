@@ -23,7 +23,7 @@ from flanctl.registry.stores.watch import ResumingWatch
 from flanctl.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from flanctl.registry.stores.endpoints import Endpoint
 
@@ -146,7 +146,10 @@ class EtcdV3Store(abc.ABC):
     def _range(
         self, deed: Deed, start: bytes, end: bytes | None, *, limit: int = 0, revision: int = 0
     ) -> Page:
-        """One key, or those from `start` to before `end`. These raise Refused and what `unreachable` returns."""
+        """One key, or those from `start` to before `end`, by `page_of`: what answers with others is not asked again.
+
+        These raise Refused and what `unreachable` returns.
+        """
 
     @abc.abstractmethod
     def _put(self, deed: Deed, key: bytes, value: bytes, lease: int, expected: int) -> Txn:
@@ -225,23 +228,17 @@ class EtcdV3Store(abc.ABC):
                 entries.clear()
                 unreadable.clear()
                 continue
-            if page.revision < 1:
-                raise Garbage(f"cannot {deed.what}: etcd answered without a revision")
             revision = revision or page.revision
             for item in page.items:
                 if isinstance(item, Entry):
-                    asked = item.key.startswith(prefix)
                     entries.append(item)
                     size += len(item.value)
                 else:
-                    asked = item.key.startswith(first)
                     unreadable.append(item)
                 size += len(item.key)
-                if not asked:
-                    raise _not_asked(deed, item)
             if not page.last:
                 return Snapshot(tuple(entries), revision, tuple(unreadable))
-            if page.last < start or size > MAX_LIST:
+            if size > MAX_LIST:
                 raise Garbage(f"cannot {deed.what}: etcd sent a list without end")
             start = page.last + b"\0"
 
@@ -430,8 +427,6 @@ class EtcdV3Store(abc.ABC):
     def _get(self, key: str, deed: Deed) -> Entry | None:
         page = self._told(deed, lambda: self._range(deed, key.encode(), None))
         entry = page.items[0] if page.items else None
-        if entry is not None and entry.key != key:
-            raise _not_asked(deed, entry)
         return entry if isinstance(entry, Entry) else None
 
     def _time_to_live(self, lease: str, deed: Deed) -> tuple[float, int]:
@@ -535,9 +530,35 @@ def prefix_range(prefix: bytes) -> tuple[bytes, bytes]:
     return prefix, stem[:-1] + bytes([stem[-1] + 1])
 
 
-def _not_asked(deed: Deed, item: Entry | Unreadable) -> Garbage:
-    key = item.key if isinstance(item, Entry) else item.key.decode(errors="replace")
-    return Garbage(f'cannot {deed.what}: etcd sent the key "{printable(key[:80])}", which was not asked for')
+def page_of(
+    found: Iterable[tuple[bytes, bytes, int, int]],
+    start: bytes,
+    end: bytes | None,
+    *,
+    more: bool,
+    revision: int,
+) -> Page:
+    """What a range answered: keys with their values, revisions and leases. Raises Garbage for what no etcd answers.
+
+    A key that was not asked for would be believed to lie where it does not, and pages that do not go on would never end.
+    """
+    if revision < 1:
+        raise Garbage("etcd answered without a revision")
+    items = []
+    key, lowest = b"", start
+    for key, value, changed, lease in found:
+        if (
+            key < lowest
+            or (end is None and key != start)
+            or (end is not None and end != b"\0" and key >= end)
+        ):
+            shown = printable(key[:80].decode(errors="replace"))
+            raise Garbage(f'etcd sent the key "{shown}", which was not asked for')
+        items.append(readable(key, value, changed, lease))
+        lowest = key + b"\0"
+    if more and not items:
+        raise Garbage("etcd sent a list without end")
+    return Page(tuple(items), key if more else b"", revision)
 
 
 def readable(key: bytes, value: bytes, revision: int, lease: int) -> Entry | Unreadable:

@@ -468,8 +468,25 @@ def test_a_list_without_end_is_no_answer(key: str) -> None:
         "more": True,
     }
     with Scripted(lambda _: etcd(page)) as server, opened(local(server)) as store:
-        with pytest.raises(RegistryUnreachable, match="cannot list /: etcd sent a list without end"):
+        with pytest.raises(RegistryUnreachable, match="cannot list /: the only endpoint") as caught:
             store.list("/")
+    assert "which was not asked for" in caught.value.details[0]
+
+
+def test_a_list_that_is_said_to_go_on_and_holds_nothing_is_no_answer() -> None:
+    with Scripted(lambda _: etcd({**HEADER, "more": True})) as server, opened(local(server)) as store:
+        with pytest.raises(RegistryUnreachable, match="cannot list /: the only endpoint") as caught:
+            store.list("/")
+    assert "etcd sent a list without end" in caught.value.details[0]
+
+
+def test_who_sends_what_was_not_asked_for_is_left_for_the_next() -> None:
+    strange = etcd({**HEADER, "kvs": [{"key": etcd_gateway._b64(b"/b"), "mod_revision": "3"}]})
+    right = etcd({**HEADER, "kvs": [{"key": etcd_gateway._b64(b"/a/1"), "mod_revision": "3"}]})
+    with Scripted(lambda _: strange) as one, Scripted(lambda _: right) as two:
+        with opened(local(one), local(two)) as store:
+            assert [entry.key for entry in store.list("/a/").entries] == ["/a/1"]
+            assert store.get("/a/1") == Entry("/a/1", b"", 3)
 
 
 def test_a_watch_ended_for_want_of_a_leader_goes_on_at_the_next_member() -> None:

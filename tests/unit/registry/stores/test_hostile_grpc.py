@@ -159,7 +159,7 @@ def test_a_list_without_end_ends_and_a_whole_one_is_read() -> None:
         kvs=[kv_pb2.KeyValue(key=KEY.encode(), mod_revision=7)],
         more=True,
     )
-    for more, words in ((True, "a list without end"), (False, None)):
+    for more, words in ((True, "the only endpoint did not answer"), (False, None)):
         page.more = more
         with (
             liar([page.SerializeToString()] * 10) as endpoint,
@@ -168,8 +168,9 @@ def test_a_list_without_end_ends_and_a_whole_one_is_read() -> None:
             if words is None:
                 assert [entry.key for entry in store.list("/net/subnets/").entries] == [KEY]
             else:
-                with pytest.raises(FlanctlError, match=words):
+                with pytest.raises(FlanctlError, match=words) as caught:
                     store.list("/net/subnets/")
+                assert f'etcd sent the key "{KEY}", which was not asked for' in caught.value.details[0]
 
 
 @pytest.mark.parametrize("call", CALLS[:2])
@@ -181,6 +182,19 @@ def test_a_key_nobody_asked_for_is_refused(call: Callable[[Store], object]) -> N
     with (
         liar([page.SerializeToString()] * 3) as endpoint,
         contextlib.closing(EtcdGrpcStore(parse_endpoints([endpoint]), timeout=5)) as store,
-        pytest.raises(FlanctlError, match='etcd sent the key "/elsewhere", which was not asked for'),
+        pytest.raises(FlanctlError, match="the only endpoint did not answer") as caught,
     ):
         call(store)
+    assert 'etcd sent the key "/elsewhere", which was not asked for' in caught.value.details[0]
+
+
+def test_who_sends_what_was_not_asked_for_is_left_for_the_next() -> None:
+    header = pb.ResponseHeader(revision=7)
+    strange = pb.RangeResponse(header=header, kvs=[kv_pb2.KeyValue(key=b"/elsewhere", mod_revision=7)])
+    right = pb.RangeResponse(header=header, kvs=[kv_pb2.KeyValue(key=KEY.encode(), mod_revision=7)])
+    with (
+        liar([strange.SerializeToString()] * 3) as one,
+        liar([right.SerializeToString()] * 3) as two,
+        contextlib.closing(EtcdGrpcStore(parse_endpoints([one, two]), timeout=5)) as store,
+    ):
+        assert [entry.key for entry in store.list("/net/subnets/").entries] == [KEY]
