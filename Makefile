@@ -58,7 +58,7 @@ fuzz: setup ## Hostile keys, answers and packets, and the lease model deeper: te
 	FLANCTL_FUZZ_SECONDS=$(or $(SECONDS),600) $(PY) -m pytest tests/unit -m fuzz --timeout 0 -q
 	cd native && FLANCTL_FUZZ_SECONDS=$(or $(SECONDS),600) FLANCTL_FUZZ_KEEP=1 cargo test --release --quiet --locked \
 		-p dataplane --test fuzz -- --test-threads 1 --nocapture
-	FLANCTL_MODEL_STATES=$(or $(STATES),100000) $(PY) -m pytest tests/unit/registry/test_lease_model.py --timeout 0 -q
+	FLANCTL_MODEL_STATES=$(or $(STATES),200000) $(PY) -m pytest tests/unit/registry/test_lease_model.py --timeout 0 -q
 
 .PHONY: sanitize
 sanitize: ## The data plane's tests, fuzz corpus included, under AddressSanitizer (x86_64 or aarch64)

@@ -601,24 +601,18 @@ class Agent:
         """Our lease as we knew it last. Raises _StartOver when this host cannot go on with it."""
         known = self._known
         assert known is not None
-        lease = self._leases.read(known.entry)
         left = known.left
-        if (
-            not isinstance(lease, Lease)
-            or lease.attributes.public_ip != machine.underlay.public_ip
-            or not machine.config.accepts(lease.subnet)
-            or (left is not None and left <= 0)
-        ):
+        held = self._leases.resume(known.entry, left, machine.config, machine.underlay.public_ip)
+        if held is None:
             self._known, self._known_is_of_use = None, False
             raise _StartOver
         machine.backend.prepare()
         self._stay(known.api)
         self._log.warn(
-            f"going on with what we knew last: {lease.subnet}, {len(known.peers)} peers; packets flow",
+            f"going on with what we knew last: {held.lease.subnet}, {len(known.peers)} peers; packets flow",
             lease_left=hours(left),
         )
-        ends = None if left is None else self._clock.now() + left
-        return Acquired(lease, known.entry, "kept", ends=ends)
+        return held
 
     def _write_down(self) -> None:
         """For whoever is started after us while the registry is silent."""

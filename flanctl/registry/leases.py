@@ -272,6 +272,24 @@ class Leases:
             and (lease.key == self.key(lease.subnet) or lease.subnet not in others)
         ]
 
+    def resume(
+        self, entry: Entry, left: float | None, config: NetworkConfig, public_ip: IPv4Address
+    ) -> Acquired | None:
+        """The lease of an agent that ended, without asking: for a start that meets no registry.
+
+        `left` are the seconds until it may end, None for a reservation. Until then nobody else can hold the subnet. None
+        where it has ended, or is not this host's, or does not fit the config.
+        """
+        lease = self.read(entry)
+        if (
+            not isinstance(lease, Lease)
+            or lease.attributes.public_ip != public_ip
+            or not config.accepts(lease.subnet)
+            or (left is not None and left <= 0)
+        ):
+            return None
+        return Acquired(lease, entry, "kept", ends=None if left is None else self.clock.now() + left)
+
     def renew(self, held: Acquired, *, ttl: float = LEASE_TTL) -> Acquired:
         """Our lease with its full time; the same subnet again if the key was gone.
 

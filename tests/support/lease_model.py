@@ -14,8 +14,9 @@ every possible way:
     fail       nobody carried the request out and the agent hears so             ┐
     lose       carried out, but the answer is lost                               │ each of these only as often
     delay      the agent gives up; the request is still on its way, and lands    │ as the scenario's budget says
-    crash      the agent ends; its state file stays                              │
+    crash      the agent ends; its state file stays, and perhaps what it knew    │
     delete     an operator deletes a key                                         ┘
+    resume     an agent that ended goes on with the lease it knew, asking nobody (known.py)
     tick       time passes for everybody; the store removes what has expired
 
 What must hold (`_Wrong` says which did not, and the trace that leads there is printed):
@@ -82,6 +83,8 @@ class AgentState(NamedTuple):
     op: Op | None = None
     void: int = 0
     """1: an operator deleted its key since it last asked; 2: while an operation was under way."""
+    known: Any = None
+    """What it held when it ended, where it had written that down."""
 
 
 class World(NamedTuple):
@@ -227,6 +230,8 @@ class Explorer:
         for at, agent in enumerate(world.agents):
             op = agent.op
             if op is None:
+                if agent.known is not None:
+                    yield f"agent {at} goes on with what it knew", self._resume(world, at)
                 yield f"agent {at} starts to {'renew' if agent.held else 'acquire'}", self._start(world, at)
                 continue
             if op.transit is None:
@@ -250,7 +255,11 @@ class Explorer:
                 yield f"agent {at} hears", self._hear(world, at, op.transit)
         for at, agent in enumerate(world.agents):
             if world.budget[CRASH] and (agent.held or agent.op):
-                yield f"agent {at} crashes", _pay(_with(world, at, AgentState(agent.memory)), CRASH)
+                ended = AgentState(agent.memory, void=1 if agent.void else 0)
+                yield f"agent {at} crashes", _pay(_with(world, at, ended._replace(void=0)), CRASH)
+                if agent.held:
+                    after = _with(world, at, ended._replace(known=agent.held))
+                    yield f"agent {at} crashes, and wrote down what it knew", _pay(after, CRASH)
         for number, (at, request) in enumerate(world.flight):
             landed = world._replace(flight=world.flight[:number] + world.flight[number + 1 :])
             yield (
@@ -267,7 +276,17 @@ class Explorer:
         agent = world.agents[at]
         void = 1 if agent.void else 0
         op = Op("renew" if agent.held else "acquire", (), ())
-        return self._advance(world, at, agent._replace(op=op, void=void))
+        return self._advance(world, at, agent._replace(op=op, void=void, known=None))
+
+    def _resume(self, world: World, at: int) -> World:
+        agent = world.agents[at]
+        answers = _Answers((("ok", world.now),))
+        leases = self._leases(answers, PREFIX, Dialect.V0_28, answers)
+        left = None if agent.known.ends is None else agent.known.ends - world.now
+        held = leases.resume(agent.known.entry, left, self._config, HOSTS[at])
+        if held is not None:
+            held = replace(held, how="", notes=())
+        return _with(world, at, agent._replace(held=held, known=None))
 
     def _await(self, world: World, at: int, answer: Any) -> World:
         op = world.agents[at].op

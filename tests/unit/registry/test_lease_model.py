@@ -119,6 +119,11 @@ MUTANTS = {
         "        ends = None if began is None or lease.ttl is None else began + 2 * lease.ttl",
         "two holders",
     ),
+    "a lease that is gone on with is believed in for its whole time again": (
+        "ends=None if left is None else self.clock.now() + left)",
+        "ends=None if left is None else self.clock.now() + 2)",
+        "two holders",
+    ),
     "a reservation gets an end when it is renewed (flannel 0.28: row 9)": (
         "                if reserved:\n                    return self._still_reserved(held)\n",
         "",
@@ -182,6 +187,8 @@ def mutated(name):
 def test_the_explorer_finds_a_seeded_bug(name):
     """A proof that cannot fail proves nothing."""
     where = "a reservation and who wants it" if "reservation" in name else ENDING
+    if "gone on with" in name:
+        where = "agents crash and start again"
     with mutated(name) as leases:
         found = Explorer(leases, SCENARIOS[where]).explore(states=20_000)
     assert found.violation is not None, f"not found: {name}"
