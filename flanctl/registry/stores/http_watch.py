@@ -22,6 +22,8 @@ PROBE_EVERY, PROBE_WAIT = 3.0, 2.0
 GATHER = 0.1
 """Seconds in which what follows upon an event is let come together and then read at once: at fifty changes a second to be
 woken for each costs several times what the change itself does. An event that comes alone is not kept waiting."""
+_MOMENT = 0.001
+"""Seconds that what is there may take to be read."""
 
 _CLOSE_WAIT = 0.5
 """Seconds `close` waits for the thread that iterates to be out (a signal handler closes inside that very thread)."""
@@ -137,11 +139,12 @@ class HttpWatch(ResumingWatch):
 
     def _step(self, stream: http.Connection) -> None:
         """Read until an event or the time of the next probe."""
-        rest = self._read_at + self._gather - time.monotonic()
+        now = time.monotonic()
+        rest = self._read_at + self._gather - now
         try:
             if rest > 0:
                 try:
-                    self._read(stream, 0.0)
+                    self._read(stream, now + _MOMENT)
                     return
                 except TimeoutError:  # nothing more is there yet
                     http.sleep(rest, self._wake)

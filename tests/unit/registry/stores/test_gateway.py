@@ -367,19 +367,23 @@ def test_changes_that_follow_one_another_are_read_together_and_what_is_there_is_
     def answer(_: Request) -> Iterator[bytes]:
         yield chunked(result(created=True))
         while revisions := more.get():
-            chunks = [chunk(result(events=[put("/a", revision)])) for revision in revisions]
-            yield b"".join(chunks)
+            # A value each, so that much is under way at once.
+            value = etcd_gateway._b64(b"x" * 30_000)
+            events = ({"kv": {**put("/a", revision)["kv"], "value": value}} for revision in revisions)  # type: ignore[dict-item]
+            yield b"".join(chunk(result(events=[event])) for event in events)
 
     def pause(seconds: float, _: int) -> None:
         pauses.append(seconds)
         more.put(range(56, 60))  # what comes meanwhile
 
     monkeypatch.setattr(http_watch, "GATHER", 60.0)
+    monkeypatch.setattr(http_watch, "_MOMENT", 5.0)  # however slowly this machine sends what is there
     monkeypatch.setattr(http_watch.http, "sleep", pause)
     with Scripted(answer) as server, opened(local(server)) as store, store.watch("/", after=5) as watch:
         more.put(range(6, 56))
         found = list(itertools.islice(watch, 50))
         assert pauses == []
+        monkeypatch.setattr(http_watch, "_MOMENT", 0.001)
         found += itertools.islice(watch, 4)
         assert 0 < pauses[0] <= 60
         assert len(pauses) == 1
