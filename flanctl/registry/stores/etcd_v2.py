@@ -434,9 +434,8 @@ class V2Watch(HttpWatch):
             return None
         self._take(())
         index = _index(stream.headers)
-        self._gather = (
-            GATHER if index <= self._last else 0.0
-        )  # what happened since we asked last is not waited for
+        # An answer brings one event: what has happened since we asked last is asked for without a pause.
+        self._gather = GATHER if index <= self._last else 0.0
         if 0 < index < self._last and self._behind(index):
             stream.close()
             return None
