@@ -96,14 +96,14 @@ check: setup ## Format, lint, types, import rule, stubs, clippy, rustfmt
 	cd native && cargo fmt --all --check
 	cd native && cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
 # No clippy here: this crate compiles only on what PyOxidizer has written, which is make freeze's work.
-	cd packaging/executable && cargo fmt --check
+	cd packaging/executable && cargo fmt --check && rustfmt --check --edition 2021 --config-path . ../tests/waits.rs
 
 .PHONY: fix
 fix: setup ## Repair what tools can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	cd native && cargo fmt --all
-	cd packaging/executable && cargo fmt
+	cd packaging/executable && cargo fmt && rustfmt --edition 2021 --config-path . ../tests/waits.rs
 
 .PHONY: reference
 reference: setup ## Write docs/reference: commands from their --help, settings from their table
