@@ -84,7 +84,7 @@ TITLES = {
         "两个成员(先 leader)的文件系统写满,成员退出",
     ),
     "auth-on": ("logins switched on and off", "开启再关闭登录认证"),
-    "token-expiry": ("tokens end between all uses", "令牌在两次使用之间过期"),
+    "token-expiry": ("tokens end between uses", "令牌在两次使用之间过期"),
     "certificates-rotated": ("all certificates and the CA replaced", "更换全部证书和 CA"),
     "v2-and-v3": ("v2 and v3 both hold a network, all members down", "v2 与 v3 各有一个网络,全部成员宕机"),
 }

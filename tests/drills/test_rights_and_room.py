@@ -349,7 +349,10 @@ def test_logins_that_are_switched_on_under_way_cost_nothing(field: Field) -> Non
 
 @drill("token-expiry", short=())
 def test_a_token_that_ends_between_its_uses_is_renewed_and_nothing_is_missed(field: Field) -> None:
-    """Renewals every 5 s, tokens that live 3 s without use: each renewal meets one that has ended, and logs in anew."""
+    """Renewals every 5 s, tokens that live 3 s without use: most renewals meet one that has ended, and log in anew.
+
+    The announcer's writes come at times of their own; one just before a renewal has kept the token alive.
+    """
     field.start("--lease-ttl", "15s", extra=["--auth-token-ttl=3"], user="flanctl", password="s3cret")
     make_users(field)
     ask_for_logins(field)
@@ -359,8 +362,7 @@ def test_a_token_that_ends_between_its_uses_is_renewed_and_nothing_is_missed(fie
         measured.hurt()
         measured.recovered()
         renewed = [now - then for now, then in zip(renewals(field), before, strict=True)]
-        # Of each agent one may have logged in before that count and renewed after the other.
-        assert logins(field) - logins_before >= sum(renewed) - len(renewed), "tokens did not end"
+        assert logins(field) - logins_before >= sum(renewed) // 2, "tokens did not end"
         measured.note(renewals=min(renewed))
         assert min(renewed) >= field.length(full=6, short=1)
         for agent in field.agents:
