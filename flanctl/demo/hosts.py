@@ -130,7 +130,7 @@ class Namespace:
         """
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("start_new_session", True)
-        with _uninterrupted():  # a Ctrl-C between start and note would lose it
+        with _uninterrupted():  # between start and note it would be lost
             process = subprocess.Popen(self.command(arguments), **options)
             self.lab.processes.append(process)
         return process
@@ -379,17 +379,23 @@ def _command_of(pid: int) -> str:
         return "?"
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A Ctrl-C waits until the block is done. Signals belong to the main thread, others are never interrupted."""
+    """A Ctrl-C, a kill or a closed terminal waits until the block is done. Signals belong to the main thread, others are never
+    interrupted.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = {one: signal.signal(one, lambda number, _: came.append(number)) for one in _ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if came:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(came[0])

@@ -193,6 +193,34 @@ def test_ctrl_c_at_any_moment_leaves_nothing() -> None:
         assert not running("601.5"), f"Ctrl-C after {delay} s"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_starts_as_a_signal_comes_is_ended_too(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Seen once: it had been forked, was noted nowhere yet, and entered its namespace when the others had been ended."""
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def start(*words: object, **options: object) -> subprocess.Popen[bytes]:
+        started.append(real(*words, **options))  # type: ignore[call-overload]
+        signal.raise_signal(number)
+        return started[0]
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with Lab("test") as lab:
+            host = lab.add_host()
+            monkeypatch.setattr(subprocess, "Popen", start)
+            with pytest.raises(KeyboardInterrupt):
+                host.popen(["sleep", "600"])
+            monkeypatch.undo()
+            assert lab.processes == started
+        assert started[0].returncode is not None
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_kept_lab_stays_and_its_removal_line_removes_it() -> None:
     lab = Lab("kept")
     process = lab.add_host().popen(["sleep", "600"])
