@@ -78,7 +78,10 @@ class GatewayOff(FlanctlError):
 
 
 class EtcdGatewayStore(EtcdV3Store):
-    """EtcdV3Store by HTTP. `cacert`, `cert` and `key` are PEM files for https endpoints, read when one is met."""
+    """EtcdV3Store by HTTP. `cacert`, `cert` and `key` are PEM files for https endpoints.
+
+    Raises what http.Transport raises for them.
+    """
 
     name = "etcd v3 over HTTP"
 
@@ -95,8 +98,6 @@ class EtcdGatewayStore(EtcdV3Store):
     ) -> None:
         super().__init__(endpoints, timeout=timeout, user=user, password=password)
         self._http = http.Transport(endpoints, timeout=timeout, cacert=cacert, cert=cert, key=key)
-        if any(endpoint.scheme == "https" for endpoint in endpoints):
-            self._http.tls.look()  # files that cannot be used are no trouble of the registry's, which an agent waits out
         self._base = "/v3"
 
     def describe(self) -> str:

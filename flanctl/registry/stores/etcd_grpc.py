@@ -162,7 +162,7 @@ class _Member:
 class EtcdGrpcStore(EtcdV3Store):
     """EtcdV3Store by gRPC. `cacert`, `cert` and `key` are PEM files for https endpoints.
 
-    Raises NotFound, NotPermitted or Invalid if one cannot be read.
+    Raises what http.Transport raises for them.
     """
 
     name = "etcd v3 over gRPC"
@@ -180,9 +180,8 @@ class EtcdGrpcStore(EtcdV3Store):
     ) -> None:
         super().__init__(endpoints, timeout=timeout, user=user, password=password)
         self._plain = http.Transport(endpoints, timeout=timeout, cacert=cacert, cert=cert, key=key)
-        """Asked nothing but what ails an endpoint that gRPC cannot talk to."""
-        if any(endpoint.scheme == "https" for endpoint in endpoints):
-            self._plain.tls.look()  # OpenSSL says what is wrong with the files; gRPC only fails to connect
+        """Asked nothing but what ails an endpoint that gRPC cannot talk to. It reads the PEM files too: OpenSSL says what is
+        wrong with one, gRPC only fails to connect."""
         self._members: dict[Endpoint, _Member] = {}
         self._turn = 0
         self._good: Endpoint | None = None

@@ -61,7 +61,10 @@ class _Refused(Exception):
 
 
 class EtcdV2Store:
-    """A Store (see store.py) over etcd's v2 API. `timeout` in seconds bounds every call, all endpoints included."""
+    """A Store (see store.py) over etcd's v2 API. `timeout` in seconds bounds every call, all endpoints included.
+
+    `cacert`, `cert` and `key` are PEM files for https endpoints. Raises what http.Transport raises for them.
+    """
 
     name = "etcd v2 over HTTP"
     api = "v2"

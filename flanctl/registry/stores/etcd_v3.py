@@ -146,7 +146,7 @@ class EtcdV3Store(abc.ABC):
     def _range(
         self, deed: Deed, start: bytes, end: bytes | None, *, limit: int = 0, revision: int = 0
     ) -> Page:
-        """One key, or those from `start` to before `end`, by `page_of`: what answers with others is not asked again.
+        """One key, or those from `start` to before `end`. An endpoint whose answer is none by `page_of` is left for the next.
 
         These raise Refused and what `unreachable` returns.
         """

@@ -70,7 +70,11 @@ class Answer:
 
 
 class Transport:
-    """The requests of one store. Safe to use from several threads: each borrows a connection of its own."""
+    """The requests of one store. Safe to use from several threads: each borrows a connection of its own.
+
+    With an https endpoint the PEM files are read at once, and it raises NotFound, NotPermitted or Invalid for one that cannot be
+    used: that is no trouble of the registry's, which an agent would wait out.
+    """
 
     def __init__(
         self,
@@ -93,6 +97,8 @@ class Transport:
         self._generation = 0
         """The TLS files' that the idle connections were made with."""
         self._closed = False
+        if any(endpoint.scheme == "https" for endpoint in self.endpoints):
+            self.tls.look()
 
     def request(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import threading
+from contextlib import closing
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from flanctl.errors import FlanctlError, NotPermitted, RegistryUnreachable
@@ -272,25 +273,21 @@ class AutoStore(SwitchingStore):
         return store
 
     def _v2_holds(self) -> bool:
-        store = self._open_v2(LOOK_SECONDS)
         try:
-            return store.get(self._key) is not None
+            with closing(self._open_v2(LOOK_SECONDS)) as store:
+                return store.get(self._key) is not None
         except NotPermitted:
             raise
         except FlanctlError:
             return False
-        finally:
-            store.close()
 
     def _only_v2(self) -> bool:
         """By its version: a v3 that is in trouble must never be exchanged for what an old migration left in v2."""
-        store = self._open_v2(LOOK_SECONDS)
         try:
-            return store.version().startswith("2.")
+            with closing(self._open_v2(LOOK_SECONDS)) as store:
+                return store.version().startswith("2.")
         except FlanctlError:
             return False
-        finally:
-            store.close()
 
 
 def _revision(event: Event) -> int:

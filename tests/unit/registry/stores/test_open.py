@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from flanctl.registry.stores.open import Api
     from flanctl.registry.stores.store import Store
 
 
@@ -88,6 +90,15 @@ class TestChoice:
         with pytest.raises(opening.GrpcMissing) as caught:
             opening._open_grpc((), Connection(("http://a",)))
         assert caught.value.message == f"gRPC cannot be loaded ({error})"
+
+    @pytest.mark.parametrize("api", ["v2", "v3", "auto"])
+    def test_a_ca_that_is_not_there_is_an_error_at_once_and_no_registry_to_wait_for(
+        self, tmp_path: Path, api: Api
+    ) -> None:
+        how = Connection(("http://a", "https://b"), cacert=str(tmp_path / "ca.pem"), api=api)
+        with pytest.raises(NotFound, match=r"no such file: .*/ca\.pem"):
+            open_store(how, key="/n/config")
+        open_store(replace(how, endpoints=("http://a",)), key="/n/config").close()
 
     def test_a_password_is_never_shown(self) -> None:
         connection = Connection(("http://a",), user="root", password="hunter2")
