@@ -2,7 +2,7 @@
 //!
 //! Every wait in CPython is one on a POSIX semaphore, because a signal ends it (on a condition SIGTERM would be heard when the wait
 //! is over). But `sem_timedwait` waits for a date, and `sem_clockwait` came with glibc 2.30, while we are made for 2.17: set
-//! the clock back by a day, and an agent stands still for a day. So these five functions are the program's own, taken by the
+//! the clock back by a day, and an agent stands still for a day. So these six functions are the program's own, taken by the
 //! linker before the C library's. Named semaphores (sem_open) are not among them: nothing in the program has any.
 //!
 //! The value is the low half of one word and the number of threads that wait is the high half, as in glibc: a thread
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libc::{c_int, c_long, c_uint, clockid_t, sem_t, timespec};
 
 const ONE_WAITS: u64 = 1 << 32;
-const _: () = assert!(size_of::<AtomicU64>() <= size_of::<sem_t>());
+const _: () = assert!(size_of::<AtomicU64>() <= size_of::<sem_t>() && cfg!(target_endian = "little"));
 
 fn value(state: u64) -> u32 {
     (state & u64::from(u32::MAX)) as u32
@@ -36,7 +36,7 @@ fn failed(errno: c_int) -> c_int {
 
 /// futex(2) on the half of the word that holds the value. `until` is a moment of the monotonic clock; null is never.
 fn futex(state: *const AtomicU64, operation: c_int, number: u32, until: *const timespec) -> Result<(), c_int> {
-    let low = state.cast::<u32>().wrapping_add(usize::from(cfg!(target_endian = "big")));
+    let low = state.cast::<u32>();
     let (all, nobody): (c_uint, *const u32) = (c_uint::MAX, ptr::null());
     // SAFETY: the kernel looks at the word itself and refuses an address that is none.
     let done: c_long = unsafe {
