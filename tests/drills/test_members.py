@@ -9,7 +9,7 @@ from tests.drills.slow import Slow
 from tests.support.deadline import until
 
 if TYPE_CHECKING:
-    from tests.drills.field import Field
+    from tests.drills.field import Field, Measured
 
 
 @drill("leader-killed", short=["3.4", "3.7"], v2=True)
@@ -17,12 +17,7 @@ def test_a_killed_leader_costs_no_packet_and_no_event(field: Field) -> None:
     field.start()
     with field.measuring() as measured:
         for _ in range(int(field.length(full=3, short=1))):
-            leader = field.cluster.leader()
-            measured.hurt()
-            field.cluster.kill(leader)
-            measured.recovered()
-            field.cluster.restart(leader)
-            measured.recovered()
+            kill_leader(field, measured)
 
 
 @drill("leader-killed-grpc", short=["3.4", "3.7"])
@@ -31,12 +26,17 @@ def test_where_the_json_gateway_is_off_a_killed_leader_costs_nothing_either(fiel
     for agent in field.agents:
         agent.wait_log("gRPC is taken")
     with field.measuring() as measured:
-        leader = field.cluster.leader()
-        measured.hurt()
-        field.cluster.kill(leader)
-        measured.recovered()
-        field.cluster.restart(leader)
-        measured.recovered()
+        kill_leader(field, measured)
+
+
+def kill_leader(field: Field, measured: Measured) -> None:
+    """And have it back once all is well without it."""
+    leader = field.cluster.leader()
+    measured.hurt()
+    field.cluster.kill(leader)
+    measured.recovered()
+    field.cluster.restart(leader)
+    measured.recovered()
 
 
 @drill("follower-killed")
